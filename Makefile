@@ -1,0 +1,36 @@
+# Every target makes .venv, or reuses it. PYTHON=python3.12 chooses the interpreter, and
+# UV_TORCH_BACKEND=cpu (or auto, cu130, …) the build of torch; without it you get the one on PyPI.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: notebook test lab lint notebook-refresh requirements clean
+
+notebook: .venv/notebook
+	$(BIN)/papermill notebooks/mnist.ipynb out.ipynb -p epochs 1 --log-output --no-progress-bar
+
+test: .venv/tests
+	$(BIN)/pytest
+
+lab: .venv/notebook
+	$(BIN)/jupyter lab notebooks/mnist.ipynb
+
+lint: .venv/tests
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+.venv/uv:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.8
+	touch $@
+
+# requirements.txt serves as the list of versions, not of packages: other builds of torch need fewer.
+.venv/notebook: .venv/uv requirements.in requirements.txt
+	$(BIN)/uv pip install --python $(BIN)/python -r requirements.in -c requirements.txt
+	touch $@
+
+.venv/tests: .venv/notebook requirements-dev.in requirements-dev.txt
+	$(BIN)/uv pip install --python $(BIN)/python -r requirements-dev.in -c requirements-dev.txt -c requirements.txt
+	touch $@
+
+requirements: .venv/uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements.in -o requirements.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements-dev.in -c requirements.txt -o requirements-dev.txt

@@ -1,0 +1,624 @@
+"""Train a small convolutional network on MNIST: alone, on many processes, or on a cluster.
+
+    python mnist.py --epochs 5                          alone
+    python mnist.py --num-processes 2                   two processes of this machine
+    torchrun --standalone --nproc-per-node 2 mnist.py   the same through torchrun, elastic or not
+    python mnist.py                                     in a pod of a PyTorchJob, whose operator sets
+                                                        MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE
+
+Exit codes: 0 done; 1 failed, and one line says why; 2 bad usage; 143 stopped by SIGTERM or Ctrl-C
+after a checkpoint was saved, from which --resume goes on.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import tempfile
+import time
+import zipfile
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.optim as optim
+from filelock import FileLock, Timeout
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import LaunchConfig, elastic_launch
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import StepLR
+from torchvision import datasets
+from torchvision.datasets.utils import download_and_extract_archive
+
+# Mean and standard deviation of all training pixels, on a scale from 0 (paper) to 1 (ink).
+MEAN, STD = 0.1307, 0.3081
+
+# SHA-256 of the unpacked files: damaged data would train without a word, only worse.
+SHA256 = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+
+# These decide the weights, so a checkpoint made with other values is not resumed.
+HYPERPARAMETERS = ("batch_size", "optimizer", "lr", "gamma", "momentum", "seed")
+
+
+# --- The model ----------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Two convolutions and two linear layers: 1,199,882 parameters.
+
+    Layers and names are those of PyTorch's own MNIST example, so weights can be exchanged with it
+    (https://github.com/pytorch/examples/tree/main/mnist).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, kernel_size=3)
+        self.conv2 = nn.Conv2d(32, 64, kernel_size=3)
+        self.dropout1 = nn.Dropout(0.25)
+        self.dropout2 = nn.Dropout(0.5)
+        self.fc1 = nn.Linear(9216, 128)
+        self.fc2 = nn.Linear(128, 10)
+
+    def forward(self, images):
+        """Return log-probabilities, float32 [N, 10], of `images`, uint8 [N, 28, 28]."""
+        # Channels last is the layout in which the convolutions are fastest.
+        x = images.reshape(-1, 28, 28, 1).permute(0, 3, 1, 2)
+        # Normalising is part of the model, so nobody who uses the trained one can forget it.
+        x = (x / 255 - MEAN) / STD
+        x = F.relu(self.conv1(x))  # [N, 32, 26, 26]
+        # ReLU keeps the largest value the largest, so pool first: that leaves it a quarter to do.
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))  # [N, 64, 12, 12]
+        x = self.dropout1(x).flatten(1)  # [N, 9216]
+        x = self.dropout2(F.relu(self.fc1(x)))  # [N, 128]
+        return F.log_softmax(self.fc2(x), dim=1)
+
+
+# --- The data -----------------------------------------------------------------------------------
+
+
+def unpack_mnist(folder):
+    """Unpack MNIST's four .gz files below `folder`; fetch those that are missing or damaged.
+
+    A file is unpacked elsewhere and then moved, so a half-written one is never seen. Raises OSError.
+    """
+    raw = Path(folder, "MNIST", "raw")
+    if all((raw / name).is_file() for name in SHA256):
+        return
+    raw.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=raw) as unpacked:
+        for archive, md5 in datasets.MNIST.resources:
+            url = datasets.MNIST.mirrors[0] + archive
+            try:
+                with redirect_stdout(io.StringIO()):
+                    download_and_extract_archive(url, raw, unpacked, archive, md5)
+            except (OSError, RuntimeError) as error:
+                raise OSError(
+                    f"{raw / archive} is missing or damaged, and fetching {url} failed ({error}): "
+                    "put a good copy there"
+                ) from error
+        for name in SHA256:
+            os.replace(Path(unpacked, name), raw / name)
+
+
+def load_mnist(folder, device="cpu"):
+    """Read the unpacked MNIST below `folder`, all 55 MB of it, to `device`.
+
+    Returns (images, labels) of the training set and (images, labels) of the test set:
+    images uint8 [60000 or 10000, 28, 28], labels int64 [60000 or 10000].
+    Raises ValueError with the name of a file that is not what it should be.
+    """
+    for name, expected in SHA256.items():
+        path = Path(folder, "MNIST", "raw", name)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            raise ValueError(f"{path} is damaged: delete it to have it unpacked again from {name}.gz")
+    both = (datasets.MNIST(folder, train=train) for train in (True, False))
+    return tuple((mnist.data.to(device), mnist.targets.to(device)) for mnist in both)
+
+
+def mix(*numbers):
+    """Make one seed of several whole numbers; similar ones give unrelated seeds."""
+    sequence = np.random.SeedSequence([n % 2**64 for n in numbers])
+    return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def epoch_order(samples, seed, epoch):
+    """Return the order in which an epoch takes the samples, int64 [samples]: all processes agree."""
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(mix(seed, epoch)))
+
+
+# --- Training and evaluation --------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """All processes have agreed to stop, between two steps."""
+
+
+class Trainer:
+    """A model on its way: how it is trained, saved, and taken up again."""
+
+    def __init__(self, args, job, device):
+        self.args, self.job, self.device = args, job, device
+        torch.manual_seed(args.seed % 2**64)
+        self.model = Net().to(device, memory_format=torch.channels_last)
+        if args.optimizer == "adadelta":
+            self.optimizer = optim.Adadelta(self.model.parameters(), lr=args.lr)
+        else:
+            self.optimizer = optim.SGD(self.model.parameters(), lr=args.lr, momentum=args.momentum)
+        self.scheduler = StepLR(self.optimizer, step_size=1, gamma=args.gamma)
+        self.history = []  # what metrics.jsonl holds: a dict for each finished epoch
+        self.begin_epoch(1)
+
+    def begin_epoch(self, epoch, samples_seen=0, loss_sum=0.0, seconds=0.0):
+        self.epoch = epoch
+        self.samples_seen = samples_seen  # in this epoch, by all processes together
+        # Of this process. It stays on the device, for reading it would make the CPU wait for it.
+        self.loss_sum = torch.tensor(loss_sum if self.job.rank == 0 else 0.0, device=self.device)
+        self.seconds = seconds
+
+    def train(self, model, images, labels):
+        """Train for an epoch, or for what a resumed run has left of it.
+
+        Raises Stopped after a signal, FloatingPointError if the loss is no longer a finite number.
+        """
+        order = epoch_order(len(images), self.args.seed, self.epoch).to(self.device)
+        batch_size = self.args.batch_size * self.job.world_size  # of all processes together
+        batches = math.ceil(len(order) / batch_size)
+        clock = time.perf_counter() - self.seconds
+        model.train()
+        for start in range(self.samples_seen, len(order), batch_size):
+            stop = self.job.agree_to_stop()
+            batch = order[start : start + batch_size]
+            share = batch[self.job.rank :: self.job.world_size]
+            # Dropout's random numbers depend on the position alone: a resumed run repeats them.
+            torch.manual_seed(mix(self.args.seed, self.epoch, start, self.job.rank))
+            self.optimizer.zero_grad()
+            loss = F.nll_loss(model(images[share]), labels[share], reduction="sum")
+            # The processes' gradients will be averaged. Dividing by the length of the whole batch
+            # makes that its exact mean, even where the last shares differ in length.
+            (loss * self.job.world_size / len(batch)).backward()
+            self.optimizer.step()
+
+            self.loss_sum += loss.detach()
+            self.samples_seen += len(batch)
+            self.seconds = time.perf_counter() - clock
+            step = start // batch_size
+            if step % self.args.log_interval == 0:
+                value = self.finite(loss.item() / len(share))
+                logging.info(f"Epoch: {self.epoch} ({step / batches:6.1%}) - Loss: {value}")
+            interval = self.args.checkpoint_interval
+            if stop or (interval and (step + 1) % interval == 0):
+                self.save()
+            if stop:
+                raise Stopped
+
+    def finite(self, loss):
+        """Return the loss, unless it shows that training has gone wrong."""
+        if math.isfinite(loss):
+            return loss
+        batch = math.ceil(self.samples_seen / self.args.batch_size / self.job.world_size)
+        raise FloatingPointError(
+            f"epoch {self.epoch}, batch {batch}: the loss is {loss}; try an --lr below {self.args.lr}"
+        )
+
+    def finish_epoch(self, test_loss, accuracy):
+        """Write down how the epoch went, lower the learning rate, and save."""
+        (loss_sum,) = self.job.sum(self.loss_sum.item())
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                "train_loss": self.finite(loss_sum / self.samples_seen),
+                "test_loss": test_loss,
+                "accuracy": accuracy,
+                "learning_rate": self.scheduler.get_last_lr()[0],
+                "seconds": self.seconds,
+                "samples_per_second": self.samples_seen / self.seconds,
+            }
+        )
+        self.scheduler.step()
+        self.begin_epoch(self.epoch + 1)
+        self.save()
+
+    def save(self):
+        """Write checkpoint.pt, keeping the one before, and metrics.jsonl. Rank 0 does it for all."""
+        (loss_sum,) = self.job.sum(self.loss_sum.item())
+        checkpoint = {
+            "epoch": (self.epoch, self.samples_seen, self.finite(loss_sum), self.seconds),
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "hyperparameters": {name: getattr(self.args, name) for name in HYPERPARAMETERS},
+            "world_size": self.job.world_size,
+        }
+        if self.job.rank == 0 and not self.args.dry_run:
+            contents = io.BytesIO()
+            torch.save(checkpoint, contents)
+            folder = Path(self.args.output_dir)
+            previous = folder / "checkpoint.previous.pt"
+            write(folder / "checkpoint.pt", contents.getvalue(), keep=previous)
+            lines = "".join(json.dumps(epoch) + "\n" for epoch in self.history)
+            write(folder / "metrics.jsonl", lines.encode())
+
+    def resume(self):
+        """Go on from the newest good checkpoint, if there is one. Rank 0 reads it for all.
+
+        Raises ValueError if it was made with other hyper-parameters.
+        """
+        folder = self.args.output_dir
+        received = [load_checkpoint(folder) if self.job.rank == 0 else None]
+        if self.job.world_size > 1:
+            dist.broadcast_object_list(received)
+        (checkpoint,) = received
+        if checkpoint is None:
+            logging.info(f"No checkpoint in {folder} yet: starting afresh")
+            return
+        for name, then in checkpoint["hyperparameters"].items():
+            if then != (now := getattr(self.args, name)):
+                raise ValueError(
+                    f"the checkpoint in {folder} was made with {name} {then}, and this run has {now}: "
+                    "make them equal, or choose another --output-dir"
+                )
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scheduler.load_state_dict(checkpoint["scheduler"])
+        self.history = checkpoint["history"]
+        self.begin_epoch(*checkpoint["epoch"])
+        logging.info(f"Resuming in epoch {self.epoch} after {self.samples_seen} samples")
+        if checkpoint["world_size"] != self.job.world_size:
+            logging.info(
+                f"Then {checkpoint['world_size']}, now {self.job.world_size} processes: the samples go "
+                "on where they stopped, but the weights will not be the same to the last bit"
+            )
+
+
+@torch.inference_mode()
+def test(model, images, labels, batch_size, job):
+    """Return the mean loss and the number of right answers on images, uint8 [N, 28, 28].
+
+    Each process takes its share, and none takes more to fill up: the sums are those of one process.
+    Raises Stopped after a signal.
+    """
+    loss, correct = 0.0, 0
+    model.eval()
+    for start in range(0, len(images), batch_size * job.world_size):
+        if job.agree_to_stop():
+            raise Stopped
+        share = slice(start + job.rank, start + batch_size * job.world_size, job.world_size)
+        output = model(images[share])
+        loss += F.nll_loss(output, labels[share], reduction="sum").item()
+        correct += (output.argmax(dim=1) == labels[share]).sum().item()
+    loss, correct = job.sum(loss, correct)
+    return loss / len(images), int(correct)
+
+
+# --- Checkpoints --------------------------------------------------------------------------------
+
+
+def write(path, contents, keep=None):
+    """Put bytes into the file `path`, never seen half-written; the one that was there moves to `keep`.
+
+    Raises OSError, and then the file that was there still is.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+
+
+def load_checkpoint(folder):
+    """Return the newest good checkpoint in `folder`, or None where there is none at all.
+
+    A damaged one is named and put aside. Raises ValueError if no good one is left.
+    """
+    paths = [Path(folder, name) for name in ("checkpoint.pt", "checkpoint.previous.pt")]
+    found = [path for path in paths if path.exists()]
+    for path in found:
+        try:
+            # torch.load does not look at the archive's check sums, zipfile does. And weights_only
+            # keeps code from running that somebody may have put into the file.
+            if damaged := zipfile.ZipFile(path).testzip():
+                raise ValueError(f"{damaged} has a wrong check sum")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if "hyperparameters" not in checkpoint:
+                raise ValueError("another program's")
+            return checkpoint
+        except Exception as error:
+            logging.warning(f"{path} is not a good checkpoint ({first_line(error)}): passed over")
+            os.replace(path, path.with_suffix(".damaged"))
+    if found:
+        raise ValueError(f"no good checkpoint is left in {folder}; without --resume you start afresh")
+    return None
+
+
+# --- The processes ------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """The place of this process among those that train together, in torchrun's words."""
+
+    started: str = "alone"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    stopping: bool = False
+
+    @classmethod
+    def from_environment(cls, env=os.environ):
+        """Read what torchrun, or the operator of a PyTorchJob, has set.
+
+        Raises ValueError where processes that belong together would each train alone, or wait for ever.
+        """
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in names if name not in env]
+        if "LOCAL_RANK" in env:
+            return cls("by torchrun", *(int(env[n]) for n in (*names[:2], "LOCAL_RANK")))
+        if env.get("PET_NPROC_PER_NODE", "auto") not in ("auto", "1"):
+            raise ValueError("PET_NPROC_PER_NODE is above 1: start `torchrun mnist.py` instead of python")
+        if not missing:
+            return cls("in a pod of a PyTorchJob", int(env["RANK"]), int(env["WORLD_SIZE"]))
+        if "WORLD_SIZE" in env:
+            raise ValueError(f"WORLD_SIZE is set, but not {', '.join(missing)}: set all or none")
+        if env.get("PET_NNODES", "1") != "1":
+            raise ValueError("PET_NNODES is above 1: start `torchrun mnist.py` instead of python")
+        return cls()
+
+    @contextmanager
+    def connected(self, backend, timeout):
+        """Connect the processes, and take notice of SIGTERM and Ctrl-C from then on.
+
+        A collective may take `timeout` seconds, and meeting ten times that, for pods start minutes
+        apart while images are pulled. Raises ConnectionError with the address of the meeting.
+        """
+        who = f"rank {self.rank} of {self.world_size}"
+        if self.world_size > 1:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            try:
+                limit = timedelta(seconds=10 * timeout)
+                store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+                limit = timedelta(seconds=timeout)
+                dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world_size)
+            except RuntimeError as error:
+                raise ConnectionError(
+                    f"{who} did not meet the others at {address}: {first_line(error)}"
+                ) from error
+        # Kubernetes sends SIGTERM before it takes a pod away, and SIGKILL 30 seconds later.
+        signals = (signal.SIGTERM, signal.SIGINT)
+        handlers = [signal.signal(s, lambda *_: setattr(self, "stopping", True)) for s in signals]
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world_size == 1:
+                raise
+            raise ConnectionError(f"{who} lost the others, met at {address}: {first_line(error)}") from error
+        finally:
+            for s, handler in zip(signals, handlers):
+                signal.signal(s, handler)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    def distribute(self, model, device):
+        """Return the model, its gradients averaged over all processes."""
+        if self.world_size == 1:
+            return model
+        shared = DistributedDataParallel(model)
+        # The first backward pass settles the order in which gradients are added up. Let it be one
+        # that does not count, or a resumed run would add in another order than the one it resumes.
+        shared(torch.zeros(1, 28, 28, dtype=torch.uint8, device=device)).sum().backward()
+        return shared
+
+    def sum(self, *numbers):
+        """Add up each number over all processes. All get the sums, and only once all have called."""
+        if self.world_size == 1:
+            return numbers
+        totals = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+    def agree_to_stop(self):
+        """Return whether any process has been asked to stop: the same answer in all of them."""
+        return any(self.sum(self.stopping))
+
+
+def launch(processes, argv):
+    """Start this file again as `processes` processes of this machine. Returns the exit code."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    config = LaunchConfig(1, 1, processes, run_id="mnist", rdzv_backend="c10d", max_restarts=0)
+    config.rdzv_endpoint = "localhost:0"
+    logging.disable()  # the processes speak for themselves
+    try:
+        elastic_launch(config, sys.executable)("-u", __file__, *argv)
+    except SignalException:
+        return 143
+    except ChildFailedError:
+        return 1
+    finally:
+        logging.disable(logging.NOTSET)
+    return 0
+
+
+def choose_device(local_rank, accelerate=True):
+    """Return this process's own accelerator (CUDA, MPS, XPU), or the CPU where there is none."""
+    if not accelerate or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.accelerator.device_count():
+        raise ValueError(f"no accelerator is left for process {local_rank}: use fewer, or --no-cuda")
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device(torch.accelerator.current_accelerator().type, local_rank)
+
+
+def first_line(error):
+    """Return what an exception says, without the C++ stack that torch appends."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --- The command line ---------------------------------------------------------------------------
+
+
+def number(kind, is_valid, meaning):
+    """Return an argparse type for an int or float (`kind`) of which `is_valid` holds."""
+
+    def parse(text):
+        with suppress(ValueError):
+            if is_valid(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}")
+
+    return parse
+
+
+def parse_arguments(argv):
+    """Parse the command line; a mistake in it is one sentence and exit code 2."""
+    count = number(int, lambda n: n >= 1, "a whole number of 1 or more")
+    from_zero = number(int, lambda n: n >= 0, "a whole number of 0 or more")
+    integer = number(int, lambda n: True, "a whole number")
+    seconds = number(int, lambda n: 1 <= n <= 86400, "a whole number from 1 to 86400")
+    rate = number(float, lambda x: 0 < x < math.inf, "a number above 0")
+    factor = number(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
+    fraction = number(float, lambda x: 0 <= x < 1, "a number from 0 to less than 1")
+
+    parser = argparse.ArgumentParser("mnist.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--epochs", metavar="N", type=count, default=5, help="passes over the training set (default: 5)")
+    add("--batch-size", metavar="N", type=count, default=64, help="per process and step (default: 64)")
+    add("--test-batch-size", metavar="N", type=count, default=1000, help="in evaluation (default: 1000)")
+    add("--optimizer", choices=("adadelta", "sgd"), default="adadelta", help="(default: adadelta)")
+    add("--lr", metavar="LR", type=rate, help="learning rate (default: 1.0 adadelta, 0.01 sgd)")
+    add("--gamma", metavar="M", type=factor, default=0.7, help="its factor per epoch (default: 0.7)")
+    add("--momentum", metavar="M", type=fraction, default=0.5, help="of sgd (default: 0.5)")
+    add("--seed", metavar="S", type=integer, default=1, help="of all random numbers (default: 1)")
+    add("--log-interval", metavar="N", type=count, default=10, help="batches a log line (default: 10)")
+    add("--no-cuda", "--no-accel", action="store_true", help="use the CPU even where there is a GPU")
+    add("--backend", choices=("gloo", "nccl", "mpi"), help="(default: nccl on CUDA, else gloo)")
+    add("--num-processes", metavar="N", type=count, default=1, help="on this machine (default: 1)")
+    add("--data-dir", metavar="DIR", default="datasets", help="holds MNIST (default: datasets)")
+    add("--output-dir", metavar="DIR", default="output", help="takes all results (default: output)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    add("--checkpoint-interval", metavar="N", type=from_zero, default=0, help="save every N steps too")
+    add("--timeout", metavar="S", type=seconds, default=60, help="for a silent process (default: 60)")
+    add("--save-model", action="store_true", help="write mnist_model.pt, a state_dict")
+    add("--dry-run", action="store_true", help="one batch of training and one of evaluation")
+    args = parser.parse_args(argv)
+    if args.lr is None:
+        args.lr = 1.0 if args.optimizer == "adadelta" else 0.01
+    return args
+
+
+def run(args, job):
+    """Train and evaluate for all epochs, as one of the processes of `job`."""
+    device = choose_device(job.local_rank, not args.no_cuda)
+    backend = args.backend or ("nccl" if device.type == "cuda" else "gloo")
+    if backend == "nccl" and device.type == "cpu":
+        raise ValueError("--backend nccl needs a CUDA device: use gloo")
+    logging.info(
+        f"Started {job.started}: rank {job.rank} of {job.world_size}, device {device}, "
+        f"backend {backend if job.world_size > 1 else 'none'}, {torch.get_num_threads()} threads"
+    )
+    # Numbers that the processes agree on are on the CPU, so gloo stands beside nccl.
+    with job.connected("cpu:gloo,cuda:nccl" if backend == "nccl" else backend, args.timeout):
+        if job.world_size > 1:
+            logging.info(f"Using distributed PyTorch with {backend} backend")
+        if job.rank == 0 and not args.dry_run:
+            claim(args.output_dir)
+        if job.local_rank == 0:
+            unpack_mnist(args.data_dir)
+        job.sum()  # waits for all, and so for the unpacking
+        (images, labels), (test_images, test_labels) = load_mnist(args.data_dir, device)
+        if args.batch_size * job.world_size > len(images):
+            raise ValueError(
+                f"--batch-size {args.batch_size} for {job.world_size} process(es) is more than the "
+                f"{len(images)} training images"
+            )
+        if args.dry_run:
+            one = args.batch_size * job.world_size
+            args.epochs, images, labels = 1, images[:one], labels[:one]
+            test_images = test_images[: args.test_batch_size]
+            test_labels = test_labels[: args.test_batch_size]
+
+        trainer = Trainer(args, job, device)
+        if args.resume:
+            trainer.resume()
+        model = job.distribute(trainer.model, device)
+        try:
+            while trainer.epoch <= args.epochs:
+                trainer.train(model, images, labels)
+                loss, correct = test(trainer.model, test_images, test_labels, args.test_batch_size, job)
+                accuracy = correct / len(test_images)
+                logging.info(f"Test accuracy: {correct}/{len(test_images)} ({accuracy:6.1%})")
+                # Katib, which tunes hyper-parameters, looks for lines of this form.
+                logging.info(f"loss={loss:.4f}")
+                logging.info(f"accuracy={accuracy:.4f}")
+                trainer.finish_epoch(loss, accuracy)
+        except Stopped:
+            trainer.save()
+            logging.info("Stopped by a signal: a checkpoint is saved, --resume goes on from it")
+            sys.exit(143)
+        if args.save_model and job.rank == 0 and not args.dry_run:
+            model_file = io.BytesIO()
+            torch.save(trainer.model.state_dict(), model_file)
+            write(Path(args.output_dir, "mnist_model.pt"), model_file.getvalue())
+        job.sum()  # rank 0 must not be gone before the others
+
+
+def claim(folder):
+    """Make the output folder and lock it for as long as this process lives.
+
+    Raises ValueError if another run has it, OSError if it cannot be written.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder, ".lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"another run writes to {folder}: choose another --output-dir") from error
+
+
+def main(argv=None):
+    """Do what the command line `argv` says (default: the one this program was started with)."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_arguments(argv)
+    rank = int(os.environ.get("RANK", 0))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(message)s",
+        stream=sys.stdout,  # JupyterLab paints standard error pink
+        force=True,  # or a second %run would find the first one's stream
+    )
+    if args.num_processes > 1 and "LOCAL_RANK" not in os.environ:
+        if code := launch(args.num_processes, argv):
+            sys.exit(code)
+        return
+    try:
+        run(args, Job.from_environment())
+    except (ArithmeticError, OSError, ValueError) as error:
+        sys.exit(f"mnist.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

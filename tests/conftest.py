@@ -1,0 +1,83 @@
+"""What the tests share: the trainer on a slice of the real digits, and how it is started."""
+
+import gzip
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RAW = Path("datasets", "MNIST", "raw")
+sys.path.insert(0, str(ROOT))
+
+
+def slice_of(name, count):
+    """Return one of MNIST's four files, unpacked and cut to its first `count` items, as bytes."""
+    contents = gzip.decompress((ROOT / RAW / f"{name}.gz").read_bytes())
+    header, item = (16, 28 * 28) if "images" in name else (8, 1)
+    return contents[:4] + struct.pack(">I", count) + contents[8:header] + contents[header:][: count * item]
+
+
+def make_small_project(folder, train=1000, test=500):
+    """Make `folder` a project with little data: real digits, and mnist.py with the sums of these files.
+
+    Nothing else in mnist.py is changed, so what is tested is the trainer that people get.
+    """
+    import mnist
+
+    trainer = (ROOT / "mnist.py").read_text()
+    (folder / RAW).mkdir(parents=True)
+    for name, sha256 in mnist.SHA256.items():
+        contents = slice_of(name, train if "train" in name else test)
+        (folder / RAW / name).write_bytes(contents)
+        assert trainer.count(sha256) == 1
+        trainer = trainer.replace(sha256, hashlib.sha256(contents).hexdigest())
+    (folder / "mnist.py").write_text(trainer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_template(tmp_path_factory):
+    return make_small_project(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def small(small_template, tmp_path):
+    """A fresh project of 1,000 training and 500 test images: an epoch takes about a second."""
+    return shutil.copytree(small_template, tmp_path / "project")
+
+
+def clean_environment(**changes):
+    """Return this process's environment without anything that would make the trainer part of a job."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PET_", "TORCHELASTIC_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    return environment | {"PYTHONUNBUFFERED": "1"} | {k: str(v) for k, v in changes.items()}
+
+
+def start(folder, *command, **changes):
+    """Start `python command…` in `folder`; standard output and error come as one text stream."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env=clean_environment(**changes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(folder, *command, timeout=120, **changes):
+    """Run `python command…` in `folder`. Returns (exit code, all that it printed)."""
+    process = start(folder, *command, **changes)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        pytest.fail(f"{command} still ran after {timeout} s; it printed:\n{process.communicate()[0]}")
+    return process.returncode, output
