@@ -16,6 +16,17 @@ RAW = Path("datasets", "MNIST", "raw")
 sys.path.insert(0, str(ROOT))
 
 
+def need(program, package):
+    """Skip the test where `program` is missing, and say which package has it."""
+    if not shutil.which(program):
+        skip(f"{program} is missing: install {package}")
+
+
+def skip(reason):
+    """Skip the test, or fail it where MNIST_REQUIRE is set: in CI everything has to be there."""
+    (pytest.fail if os.environ.get("MNIST_REQUIRE") else pytest.skip)(reason)
+
+
 def slice_of(name, count):
     """Return one of MNIST's four files, unpacked and cut to its first `count` items, as bytes."""
     contents = gzip.decompress((ROOT / RAW / f"{name}.gz").read_bytes())
