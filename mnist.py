@@ -3,11 +3,11 @@
     python mnist.py --epochs 5                          alone
     python mnist.py --num-processes 2                   two processes of this machine
     torchrun --standalone --nproc-per-node 2 mnist.py   the same through torchrun, elastic or not
-    python mnist.py                                     in a pod of a PyTorchJob, whose operator sets
-                                                        MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE
+    python mnist.py                                     in a pod of a PyTorchJob, whose operator
+                                                        sets MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE
 
 Exit codes: 0 done; 1 failed, and one line says why; 2 bad usage; 143 stopped by SIGTERM or Ctrl-C
-after a checkpoint was saved, from which --resume goes on.
+after saving a checkpoint, from which --resume goes on.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -53,7 +52,8 @@ SHA256 = {
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 
-# These decide the weights, so a checkpoint made with other values is not resumed.
+# What a checkpoint says of where the training stood, and what must be as it was to go on from there.
+PROGRESS = ("epoch", "samples_seen", "loss_sum", "seconds", "history")
 HYPERPARAMETERS = ("batch_size", "optimizer", "lr", "gamma", "momentum", "seed")
 
 
@@ -96,23 +96,20 @@ class Net(nn.Module):
 def unpack_mnist(folder):
     """Unpack MNIST's four .gz files below `folder`; fetch those that are missing or damaged.
 
-    A file is unpacked elsewhere and then moved, so a half-written one is never seen. Raises OSError.
+    They are unpacked elsewhere, then moved: a half-written one is never seen. Raises OSError.
     """
     raw = Path(folder, "MNIST", "raw")
     if all((raw / name).is_file() for name in SHA256):
         return
     raw.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=raw) as unpacked:
+    with tempfile.TemporaryDirectory(dir=raw) as unpacked, redirect_stdout(io.StringIO()):
         for archive, md5 in datasets.MNIST.resources:
             url = datasets.MNIST.mirrors[0] + archive
             try:
-                with redirect_stdout(io.StringIO()):
-                    download_and_extract_archive(url, raw, unpacked, archive, md5)
+                download_and_extract_archive(url, raw, unpacked, archive, md5)
             except (OSError, RuntimeError) as error:
-                raise OSError(
-                    f"{raw / archive} is missing or damaged, and fetching {url} failed ({error}): "
-                    "put a good copy there"
-                ) from error
+                problem = f"{raw / archive} is missing or damaged, put a good copy there"
+                raise OSError(f"{problem} ({url} was tried: {error})") from error
         for name in SHA256:
             os.replace(Path(unpacked, name), raw / name)
 
@@ -132,132 +129,110 @@ def load_mnist(folder, device="cpu"):
     return tuple((mnist.data.to(device), mnist.targets.to(device)) for mnist in both)
 
 
-def mix(*numbers):
-    """Make one seed of several whole numbers; similar ones give unrelated seeds."""
-    sequence = np.random.SeedSequence([n % 2**64 for n in numbers])
-    return int(sequence.generate_state(1, np.uint64)[0])
-
-
 def epoch_order(samples, seed, epoch):
-    """Return the order in which an epoch takes the samples, int64 [samples]: all processes agree."""
-    return torch.randperm(samples, generator=torch.Generator().manual_seed(mix(seed, epoch)))
+    """Return the order in which an epoch takes the samples, int64 [samples]; all processes agree."""
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(hash((seed, epoch))))
 
 
 # --- Training and evaluation --------------------------------------------------------------------
 
 
-class Stopped(Exception):
-    """All processes have agreed to stop, between two steps."""
-
-
 class Trainer:
-    """A model on its way: how it is trained, saved, and taken up again."""
+    """A model and how far its training has come: this is what a checkpoint holds."""
 
     def __init__(self, args, job, device):
         self.args, self.job, self.device = args, job, device
-        torch.manual_seed(args.seed % 2**64)
+        torch.manual_seed(hash(args.seed))
         self.model = Net().to(device, memory_format=torch.channels_last)
         if args.optimizer == "adadelta":
             self.optimizer = optim.Adadelta(self.model.parameters(), lr=args.lr)
         else:
             self.optimizer = optim.SGD(self.model.parameters(), lr=args.lr, momentum=args.momentum)
         self.scheduler = StepLR(self.optimizer, step_size=1, gamma=args.gamma)
-        self.history = []  # what metrics.jsonl holds: a dict for each finished epoch
-        self.begin_epoch(1)
+        self.history = []  # a dict for each finished epoch: the lines of metrics.jsonl
+        self.begin(epoch=1)
 
-    def begin_epoch(self, epoch, samples_seen=0, loss_sum=0.0, seconds=0.0):
+    def begin(self, epoch):
         self.epoch = epoch
-        self.samples_seen = samples_seen  # in this epoch, by all processes together
-        # Of this process. It stays on the device, for reading it would make the CPU wait for it.
-        self.loss_sum = torch.tensor(loss_sum if self.job.rank == 0 else 0.0, device=self.device)
-        self.seconds = seconds
+        self.samples_seen = 0  # in this epoch, by all processes together
+        self.loss_sum = 0.0  # over those of them that this process has seen
+        self.seconds = 0.0  # spent on them
 
     def train(self, model, images, labels):
         """Train for an epoch, or for what a resumed run has left of it.
 
         Raises Stopped after a signal, FloatingPointError if the loss is no longer a finite number.
         """
-        order = epoch_order(len(images), self.args.seed, self.epoch).to(self.device)
-        batch_size = self.args.batch_size * self.job.world_size  # of all processes together
-        batches = math.ceil(len(order) / batch_size)
+        args, rank, world_size = self.args, self.job.rank, self.job.world_size
+        order = epoch_order(len(images), args.seed, self.epoch).to(self.device)
+        batch_size = args.batch_size * world_size  # of all processes together
         clock = time.perf_counter() - self.seconds
         model.train()
         for start in range(self.samples_seen, len(order), batch_size):
-            stop = self.job.agree_to_stop()
+            self.job.stop_if_asked()
             batch = order[start : start + batch_size]
-            share = batch[self.job.rank :: self.job.world_size]
-            # Dropout's random numbers depend on the position alone: a resumed run repeats them.
-            torch.manual_seed(mix(self.args.seed, self.epoch, start, self.job.rank))
+            share = batch[rank::world_size]
+            # Dropout's random numbers depend on the position alone, so a resumed run repeats them.
+            torch.manual_seed(hash((args.seed, self.epoch, start, rank)))
             self.optimizer.zero_grad()
             loss = F.nll_loss(model(images[share]), labels[share], reduction="sum")
-            # The processes' gradients will be averaged. Dividing by the length of the whole batch
-            # makes that its exact mean, even where the last shares differ in length.
-            (loss * self.job.world_size / len(batch)).backward()
+            # The gradients are averaged over the processes. To divide by the length of the whole
+            # batch makes that its exact mean, even where the last shares differ in length.
+            (loss * world_size / len(batch)).backward()
             self.optimizer.step()
 
-            self.loss_sum += loss.detach()
+            self.loss_sum += loss.detach()  # not read yet: that would be to wait for the GPU
             self.samples_seen += len(batch)
             self.seconds = time.perf_counter() - clock
-            step = start // batch_size
-            if step % self.args.log_interval == 0:
+            step, steps = start // batch_size, math.ceil(len(order) / batch_size)
+            if step % args.log_interval == 0:
                 value = self.finite(loss.item() / len(share))
-                logging.info(f"Epoch: {self.epoch} ({step / batches:6.1%}) - Loss: {value}")
-            interval = self.args.checkpoint_interval
-            if stop or (interval and (step + 1) % interval == 0):
+                logging.info(f"Epoch: {self.epoch} ({step / steps:6.1%}) - Loss: {value}")
+            if args.checkpoint_interval and (step + 1) % args.checkpoint_interval == 0:
                 self.save()
-            if stop:
-                raise Stopped
 
     def finite(self, loss):
         """Return the loss, unless it shows that training has gone wrong."""
         if math.isfinite(loss):
             return loss
         batch = math.ceil(self.samples_seen / self.args.batch_size / self.job.world_size)
-        raise FloatingPointError(
-            f"epoch {self.epoch}, batch {batch}: the loss is {loss}; try an --lr below {self.args.lr}"
-        )
+        where = f"epoch {self.epoch}, batch {batch}"
+        raise FloatingPointError(f"{where}: the loss is {loss}; try an --lr below {self.args.lr}")
 
     def finish_epoch(self, test_loss, accuracy):
         """Write down how the epoch went, lower the learning rate, and save."""
-        (loss_sum,) = self.job.sum(self.loss_sum.item())
-        self.history.append(
-            {
-                "epoch": self.epoch,
-                "train_loss": self.finite(loss_sum / self.samples_seen),
-                "test_loss": test_loss,
-                "accuracy": accuracy,
-                "learning_rate": self.scheduler.get_last_lr()[0],
-                "seconds": self.seconds,
-                "samples_per_second": self.samples_seen / self.seconds,
-            }
-        )
+        (loss_sum,) = self.job.sum(float(self.loss_sum))
+        metrics = {
+            "epoch": self.epoch,
+            "train_loss": self.finite(loss_sum / self.samples_seen),
+            "test_loss": test_loss,
+            "accuracy": accuracy,
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            "seconds": self.seconds,
+            "samples_per_second": self.samples_seen / self.seconds,
+        }
+        self.history.append(metrics)
         self.scheduler.step()
-        self.begin_epoch(self.epoch + 1)
+        self.begin(self.epoch + 1)
         self.save()
 
     def save(self):
-        """Write checkpoint.pt, keeping the one before, and metrics.jsonl. Rank 0 does it for all."""
-        (loss_sum,) = self.job.sum(self.loss_sum.item())
-        checkpoint = {
-            "epoch": (self.epoch, self.samples_seen, self.finite(loss_sum), self.seconds),
-            "history": self.history,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "hyperparameters": {name: getattr(self.args, name) for name in HYPERPARAMETERS},
-            "world_size": self.job.world_size,
-        }
-        if self.job.rank == 0 and not self.args.dry_run:
-            contents = io.BytesIO()
-            torch.save(checkpoint, contents)
-            folder = Path(self.args.output_dir)
-            previous = folder / "checkpoint.previous.pt"
-            write(folder / "checkpoint.pt", contents.getvalue(), keep=previous)
-            lines = "".join(json.dumps(epoch) + "\n" for epoch in self.history)
-            write(folder / "metrics.jsonl", lines.encode())
+        """Write checkpoint.pt, keeping the one before it, and metrics.jsonl: rank 0 does so for all."""
+        (loss_sum,) = self.job.sum(float(self.loss_sum))
+        self.finite(loss_sum)
+        if self.job.rank > 0 or self.args.dry_run:
+            return
+        checkpoint = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")}
+        checkpoint["progress"] = {name: getattr(self, name) for name in PROGRESS} | {"loss_sum": loss_sum}
+        checkpoint["hyperparameters"] = {name: getattr(self.args, name) for name in HYPERPARAMETERS}
+        checkpoint["world_size"] = self.job.world_size
+        folder = Path(self.args.output_dir)
+        write(folder / "checkpoint.pt", serialize(checkpoint), keep=folder / "checkpoint.previous.pt")
+        lines = "".join(json.dumps(metrics) + "\n" for metrics in self.history)
+        write(folder / "metrics.jsonl", lines.encode())
 
     def resume(self):
-        """Go on from the newest good checkpoint, if there is one. Rank 0 reads it for all.
+        """Go on from the newest good checkpoint, if there is one: rank 0 reads it for all.
 
         Raises ValueError if it was made with other hyper-parameters.
         """
@@ -267,39 +242,34 @@ class Trainer:
             dist.broadcast_object_list(received)
         (checkpoint,) = received
         if checkpoint is None:
-            logging.info(f"No checkpoint in {folder} yet: starting afresh")
-            return
+            return logging.info(f"No checkpoint in {folder} yet: starting afresh")
         for name, then in checkpoint["hyperparameters"].items():
             if then != (now := getattr(self.args, name)):
-                raise ValueError(
-                    f"the checkpoint in {folder} was made with {name} {then}, and this run has {now}: "
-                    "make them equal, or choose another --output-dir"
-                )
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scheduler.load_state_dict(checkpoint["scheduler"])
-        self.history = checkpoint["history"]
-        self.begin_epoch(*checkpoint["epoch"])
+                raise ValueError(f"the checkpoint in {folder} has {name} {then}, but this run has {now}")
+        for name in ("model", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(checkpoint[name])
+        vars(self).update(checkpoint["progress"])
+        if self.job.rank > 0:
+            self.loss_sum = 0.0  # rank 0 has that of all
         logging.info(f"Resuming in epoch {self.epoch} after {self.samples_seen} samples")
-        if checkpoint["world_size"] != self.job.world_size:
+        if (then := checkpoint["world_size"]) != self.job.world_size:
             logging.info(
-                f"Then {checkpoint['world_size']}, now {self.job.world_size} processes: the samples go "
-                "on where they stopped, but the weights will not be the same to the last bit"
+                f"Processes: {then} then, {self.job.world_size} now. The samples go on in the same "
+                "order, but the weights will differ in their last digits"
             )
 
 
 @torch.inference_mode()
 def test(model, images, labels, batch_size, job):
-    """Return the mean loss and the number of right answers on images, uint8 [N, 28, 28].
+    """Return the mean loss and the number of right answers on `images`, uint8 [N, 28, 28].
 
-    Each process takes its share, and none takes more to fill up: the sums are those of one process.
-    Raises Stopped after a signal.
+    Each process takes a share and the sums are added up. No sample is taken twice to even out the
+    shares, so the result is that of a single process. Raises Stopped after a signal.
     """
     loss, correct = 0.0, 0
     model.eval()
     for start in range(0, len(images), batch_size * job.world_size):
-        if job.agree_to_stop():
-            raise Stopped
+        job.stop_if_asked()
         share = slice(start + job.rank, start + batch_size * job.world_size, job.world_size)
         output = model(images[share])
         loss += F.nll_loss(output, labels[share], reduction="sum").item()
@@ -308,13 +278,19 @@ def test(model, images, labels, batch_size, job):
     return loss / len(images), int(correct)
 
 
-# --- Checkpoints --------------------------------------------------------------------------------
+# --- Files --------------------------------------------------------------------------------------
+
+
+def serialize(state):
+    """Return `state`, tensors and numbers, as the bytes of a file that torch.load reads."""
+    torch.save(state, buffer := io.BytesIO())
+    return buffer.getvalue()
 
 
 def write(path, contents, keep=None):
     """Put bytes into the file `path`, never seen half-written; the one that was there moves to `keep`.
 
-    Raises OSError, and then the file that was there still is.
+    Raises OSError, and then the one that was there still is.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -340,23 +316,45 @@ def load_checkpoint(folder):
     found = [path for path in paths if path.exists()]
     for path in found:
         try:
-            # torch.load does not look at the archive's check sums, zipfile does. And weights_only
-            # keeps code from running that somebody may have put into the file.
+            # torch.load does not look at the archive's check sums, zipfile does. And with
+            # weights_only it runs no code that somebody may have put into the file.
             if damaged := zipfile.ZipFile(path).testzip():
-                raise ValueError(f"{damaged} has a wrong check sum")
+                raise ValueError(f"wrong check sum of {damaged}")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            if "hyperparameters" not in checkpoint:
-                raise ValueError("another program's")
+            if checkpoint["progress"].keys() != set(PROGRESS):
+                raise ValueError("it is another program's")
             return checkpoint
         except Exception as error:
             logging.warning(f"{path} is not a good checkpoint ({first_line(error)}): passed over")
             os.replace(path, path.with_suffix(".damaged"))
     if found:
-        raise ValueError(f"no good checkpoint is left in {folder}; without --resume you start afresh")
+        raise ValueError(f"no good checkpoint is left in {folder}: start afresh, without --resume")
     return None
 
 
+def claim(folder):
+    """Make the output folder and lock it while this process lives. Raises OSError if it cannot."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(Path(folder, ".lock"), timeout=0)
+        lock.acquire()
+        return lock
+    except Timeout as error:
+        raise OSError(f"another run writes to {folder}: choose another --output-dir") from error
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def first_line(error):
+    """Return what an exception says, without the C++ stack that torch appends."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 # --- The processes ------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """All processes have agreed to stop, between two steps."""
 
 
 @dataclass
@@ -367,91 +365,87 @@ class Job:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    stopping: bool = False
+    asked_to_stop: bool = False
 
     @classmethod
-    def from_environment(cls, env=os.environ):
+    def from_environment(cls):
         """Read what torchrun, or the operator of a PyTorchJob, has set.
 
-        Raises ValueError where processes that belong together would each train alone, or wait for ever.
+        Raises ValueError where processes that belong together would never meet.
         """
-        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in names if name not in env]
+        env = os.environ
         if "LOCAL_RANK" in env:
-            return cls("by torchrun", *(int(env[n]) for n in (*names[:2], "LOCAL_RANK")))
-        if env.get("PET_NPROC_PER_NODE", "auto") not in ("auto", "1"):
-            raise ValueError("PET_NPROC_PER_NODE is above 1: start `torchrun mnist.py` instead of python")
-        if not missing:
-            return cls("in a pod of a PyTorchJob", int(env["RANK"]), int(env["WORLD_SIZE"]))
-        if "WORLD_SIZE" in env:
-            raise ValueError(f"WORLD_SIZE is set, but not {', '.join(missing)}: set all or none")
-        if env.get("PET_NNODES", "1") != "1":
-            raise ValueError("PET_NNODES is above 1: start `torchrun mnist.py` instead of python")
-        return cls()
+            return cls("by torchrun", *(int(env[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        several_a_pod = env.get("PET_NPROC_PER_NODE", "auto") not in ("auto", "1")
+        if several_a_pod or (env.get("PET_NNODES", "1") != "1" and "WORLD_SIZE" not in env):
+            raise ValueError("PET_… is set for torchrun: start `torchrun mnist.py`, not `python mnist.py`")
+        if "WORLD_SIZE" not in env:
+            return cls()
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]:
+            raise ValueError(f"WORLD_SIZE is set, but not {', '.join(missing)}: set all four or none")
+        return cls("in a pod of a PyTorchJob", int(env["RANK"]), int(env["WORLD_SIZE"]))
 
     @contextmanager
     def connected(self, backend, timeout):
-        """Connect the processes, and take notice of SIGTERM and Ctrl-C from then on.
+        """Connect the processes, and from then on take note of SIGTERM and Ctrl-C.
 
         A collective may take `timeout` seconds, and meeting ten times that, for pods start minutes
         apart while images are pulled. Raises ConnectionError with the address of the meeting.
         """
-        who = f"rank {self.rank} of {self.world_size}"
-        if self.world_size > 1:
-            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            try:
-                limit = timedelta(seconds=10 * timeout)
-                store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-                limit = timedelta(seconds=timeout)
-                dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world_size)
-            except RuntimeError as error:
-                raise ConnectionError(
-                    f"{who} did not meet the others at {address}: {first_line(error)}"
-                ) from error
-        # Kubernetes sends SIGTERM before it takes a pod away, and SIGKILL 30 seconds later.
-        signals = (signal.SIGTERM, signal.SIGINT)
-        handlers = [signal.signal(s, lambda *_: setattr(self, "stopping", True)) for s in signals]
+        where = f"rank {self.rank} of {self.world_size}"
+        handlers = {}
         try:
+            if self.world_size > 1:
+                where += f" (meeting at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']})"
+                limit = timedelta(seconds=timeout)
+                store, rank, size = next(dist.rendezvous("env://", timeout=10 * limit))
+                dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
+            # Kubernetes sends SIGTERM before it takes a pod away, and SIGKILL 30 seconds later.
+            for name in (signal.SIGTERM, signal.SIGINT):
+                handlers[name] = signal.signal(name, self.ask_to_stop)
             yield
         except RuntimeError as error:
-            if self.world_size == 1:
-                raise
-            raise ConnectionError(f"{who} lost the others, met at {address}: {first_line(error)}") from error
+            raise ConnectionError(f"{where} failed, or lost another: {first_line(error)}") from error
         finally:
-            for s, handler in zip(signals, handlers):
-                signal.signal(s, handler)
+            for name, handler in handlers.items():
+                signal.signal(name, handler)
             if dist.is_initialized():
                 dist.destroy_process_group()
 
-    def distribute(self, model, device):
-        """Return the model, its gradients averaged over all processes."""
+    def distribute(self, model):
+        """Return the model such that its gradients are averaged over all processes."""
         if self.world_size == 1:
             return model
         shared = DistributedDataParallel(model)
         # The first backward pass settles the order in which gradients are added up. Let it be one
         # that does not count, or a resumed run would add in another order than the one it resumes.
-        shared(torch.zeros(1, 28, 28, dtype=torch.uint8, device=device)).sum().backward()
+        blank = torch.zeros(1, 28, 28, dtype=torch.uint8, device=model.fc1.weight.device)
+        shared(blank).sum().backward()
         return shared
 
     def sum(self, *numbers):
-        """Add up each number over all processes. All get the sums, and only once all have called."""
+        """Add up each number over all processes. All get the sums, once all have called."""
         if self.world_size == 1:
             return numbers
         totals = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(totals)
         return totals.tolist()
 
-    def agree_to_stop(self):
-        """Return whether any process has been asked to stop: the same answer in all of them."""
-        return any(self.sum(self.stopping))
+    def ask_to_stop(self, *_):
+        self.asked_to_stop = True
+
+    def stop_if_asked(self):
+        """Raise Stopped in all processes if any of them was asked to stop."""
+        if any(self.sum(self.asked_to_stop)):
+            raise Stopped
 
 
 def launch(processes, argv):
     """Start this file again as `processes` processes of this machine. Returns the exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(1, 1, processes, run_id="mnist", rdzv_backend="c10d", max_restarts=0)
-    config.rdzv_endpoint = "localhost:0"
-    logging.disable()  # the processes speak for themselves
+    config.rdzv_endpoint = "localhost:0"  # any free port
+    logging.disable()  # torch's launcher would add a page to the one line of a process that failed
     try:
         elastic_launch(config, sys.executable)("-u", __file__, *argv)
     except SignalException:
@@ -468,14 +462,9 @@ def choose_device(local_rank, accelerate=True):
     if not accelerate or not torch.accelerator.is_available():
         return torch.device("cpu")
     if local_rank >= torch.accelerator.device_count():
-        raise ValueError(f"no accelerator is left for process {local_rank}: use fewer, or --no-cuda")
+        raise ValueError(f"no accelerator is left for process {local_rank}: start fewer, or use --no-cuda")
     torch.accelerator.set_device_index(local_rank)
     return torch.device(torch.accelerator.current_accelerator().type, local_rank)
-
-
-def first_line(error):
-    """Return what an exception says, without the C++ stack that torch appends."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --- The command line ---------------------------------------------------------------------------
@@ -494,7 +483,7 @@ def number(kind, is_valid, meaning):
 
 
 def parse_arguments(argv):
-    """Parse the command line; a mistake in it is one sentence and exit code 2."""
+    """Return the flags' values; a mistake ends the program with one sentence and exit code 2."""
     count = number(int, lambda n: n >= 1, "a whole number of 1 or more")
     from_zero = number(int, lambda n: n >= 0, "a whole number of 0 or more")
     integer = number(int, lambda n: True, "a whole number")
@@ -508,22 +497,22 @@ def parse_arguments(argv):
     add("--epochs", metavar="N", type=count, default=5, help="passes over the training set (default: 5)")
     add("--batch-size", metavar="N", type=count, default=64, help="per process and step (default: 64)")
     add("--test-batch-size", metavar="N", type=count, default=1000, help="in evaluation (default: 1000)")
-    add("--optimizer", choices=("adadelta", "sgd"), default="adadelta", help="(default: adadelta)")
-    add("--lr", metavar="LR", type=rate, help="learning rate (default: 1.0 adadelta, 0.01 sgd)")
+    add("--optimizer", choices=("adadelta", "sgd"), default="adadelta", help="default: adadelta")
+    add("--lr", metavar="LR", type=rate, help="learning rate (default: 1.0 for adadelta, 0.01 for sgd)")
     add("--gamma", metavar="M", type=factor, default=0.7, help="its factor per epoch (default: 0.7)")
     add("--momentum", metavar="M", type=fraction, default=0.5, help="of sgd (default: 0.5)")
     add("--seed", metavar="S", type=integer, default=1, help="of all random numbers (default: 1)")
-    add("--log-interval", metavar="N", type=count, default=10, help="batches a log line (default: 10)")
+    add("--log-interval", metavar="N", type=count, default=10, help="batches per log line (default: 10)")
     add("--no-cuda", "--no-accel", action="store_true", help="use the CPU even where there is a GPU")
-    add("--backend", choices=("gloo", "nccl", "mpi"), help="(default: nccl on CUDA, else gloo)")
+    add("--backend", choices=("gloo", "nccl", "mpi"), help="default: nccl on CUDA, else gloo")
     add("--num-processes", metavar="N", type=count, default=1, help="on this machine (default: 1)")
-    add("--data-dir", metavar="DIR", default="datasets", help="holds MNIST (default: datasets)")
-    add("--output-dir", metavar="DIR", default="output", help="takes all results (default: output)")
+    add("--data-dir", metavar="DIR", default="datasets", help="where MNIST is (default: datasets)")
+    add("--output-dir", metavar="DIR", default="output", help="where results go (default: output)")
     add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
-    add("--checkpoint-interval", metavar="N", type=from_zero, default=0, help="save every N steps too")
-    add("--timeout", metavar="S", type=seconds, default=60, help="for a silent process (default: 60)")
+    add("--checkpoint-interval", metavar="N", type=from_zero, default=0, help="also save every N steps")
+    add("--timeout", metavar="S", type=seconds, default=60, help="wait for a lost process (default: 60)")
     add("--save-model", action="store_true", help="write mnist_model.pt, a state_dict")
-    add("--dry-run", action="store_true", help="one batch of training and one of evaluation")
+    add("--dry-run", action="store_true", help="one batch of training, one of evaluation, no files")
     args = parser.parse_args(argv)
     if args.lr is None:
         args.lr = 1.0 if args.optimizer == "adadelta" else 0.01
@@ -534,89 +523,68 @@ def run(args, job):
     """Train and evaluate for all epochs, as one of the processes of `job`."""
     device = choose_device(job.local_rank, not args.no_cuda)
     backend = args.backend or ("nccl" if device.type == "cuda" else "gloo")
-    if backend == "nccl" and device.type == "cpu":
-        raise ValueError("--backend nccl needs a CUDA device: use gloo")
     logging.info(
         f"Started {job.started}: rank {job.rank} of {job.world_size}, device {device}, "
         f"backend {backend if job.world_size > 1 else 'none'}, {torch.get_num_threads()} threads"
     )
-    # Numbers that the processes agree on are on the CPU, so gloo stands beside nccl.
+    # What the processes agree on are numbers on the CPU, for which gloo stands beside nccl.
     with job.connected("cpu:gloo,cuda:nccl" if backend == "nccl" else backend, args.timeout):
         if job.world_size > 1:
             logging.info(f"Using distributed PyTorch with {backend} backend")
-        if job.rank == 0 and not args.dry_run:
-            claim(args.output_dir)
+        lock = claim(args.output_dir) if job.rank == 0 and not args.dry_run else None
         if job.local_rank == 0:
             unpack_mnist(args.data_dir)
-        job.sum()  # waits for all, and so for the unpacking
-        (images, labels), (test_images, test_labels) = load_mnist(args.data_dir, device)
-        if args.batch_size * job.world_size > len(images):
+        job.sum()  # wait until all is unpacked
+        training_set, test_set = load_mnist(args.data_dir, device)
+        batch_size = args.batch_size * job.world_size
+        if batch_size > len(training_set[0]):
             raise ValueError(
-                f"--batch-size {args.batch_size} for {job.world_size} process(es) is more than the "
-                f"{len(images)} training images"
+                f"a batch of {batch_size} is more than the {len(training_set[0])} images there are"
             )
         if args.dry_run:
-            one = args.batch_size * job.world_size
-            args.epochs, images, labels = 1, images[:one], labels[:one]
-            test_images = test_images[: args.test_batch_size]
-            test_labels = test_labels[: args.test_batch_size]
+            args.epochs = 1
+            training_set = [tensor[:batch_size] for tensor in training_set]
+            test_set = [tensor[: args.test_batch_size] for tensor in test_set]
 
         trainer = Trainer(args, job, device)
         if args.resume:
             trainer.resume()
-        model = job.distribute(trainer.model, device)
+        model = job.distribute(trainer.model)
         try:
             while trainer.epoch <= args.epochs:
-                trainer.train(model, images, labels)
-                loss, correct = test(trainer.model, test_images, test_labels, args.test_batch_size, job)
-                accuracy = correct / len(test_images)
-                logging.info(f"Test accuracy: {correct}/{len(test_images)} ({accuracy:6.1%})")
+                trainer.train(model, *training_set)
+                loss, correct = test(trainer.model, *test_set, args.test_batch_size, job)
+                accuracy = correct / len(test_set[0])
+                logging.info(f"Test accuracy: {correct}/{len(test_set[0])} ({accuracy:6.1%})")
                 # Katib, which tunes hyper-parameters, looks for lines of this form.
                 logging.info(f"loss={loss:.4f}")
                 logging.info(f"accuracy={accuracy:.4f}")
                 trainer.finish_epoch(loss, accuracy)
         except Stopped:
             trainer.save()
-            logging.info("Stopped by a signal: a checkpoint is saved, --resume goes on from it")
+            logging.info("Stopped by a signal, after saving a checkpoint: --resume goes on from it")
             sys.exit(143)
         if args.save_model and job.rank == 0 and not args.dry_run:
-            model_file = io.BytesIO()
-            torch.save(trainer.model.state_dict(), model_file)
-            write(Path(args.output_dir, "mnist_model.pt"), model_file.getvalue())
-        job.sum()  # rank 0 must not be gone before the others
-
-
-def claim(folder):
-    """Make the output folder and lock it for as long as this process lives.
-
-    Raises ValueError if another run has it, OSError if it cannot be written.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(folder, ".lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(f"another run writes to {folder}: choose another --output-dir") from error
+            write(Path(args.output_dir, "mnist_model.pt"), serialize(trainer.model.state_dict()))
+        job.sum()  # rank 0 must not leave before the others have finished
+        if lock:
+            lock.release()
 
 
 def main(argv=None):
     """Do what the command line `argv` says (default: the one this program was started with)."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
-    rank = int(os.environ.get("RANK", 0))
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format="%(message)s",
-        stream=sys.stdout,  # JupyterLab paints standard error pink
-        force=True,  # or a second %run would find the first one's stream
-    )
+    # To standard output, for notebooks paint standard error pink; force, for %run may be repeated.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     if args.num_processes > 1 and "LOCAL_RANK" not in os.environ:
-        if code := launch(args.num_processes, argv):
-            sys.exit(code)
-        return
+        sys.exit(launch(args.num_processes, argv))
     try:
-        run(args, Job.from_environment())
-    except (ArithmeticError, OSError, ValueError) as error:
+        job = Job.from_environment()
+        if job.rank > 0:
+            logging.disable(logging.INFO)
+        run(args, job)
+    except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"mnist.py: {error}")
 
 
