@@ -159,7 +159,7 @@ class Trainer:
         self.seconds = 0.0  # spent on them
 
     def train(self, model, images, labels):
-        """Train for an epoch, or for what a resumed run has left of it.
+        """Train for an epoch, or for what a resumed run has left of it. Returns the mean loss.
 
         Raises Stopped after a signal, FloatingPointError if the loss is no longer a finite number.
         """
@@ -190,6 +190,12 @@ class Trainer:
                 logging.info(f"Epoch: {self.epoch} ({step / steps:6.1%}) - Loss: {value}")
             if args.checkpoint_interval and (step + 1) % args.checkpoint_interval == 0:
                 self.save()
+        return self.total_loss() / len(order)
+
+    def total_loss(self):
+        """Return the sum of this epoch's losses so far, of all processes."""
+        (total,) = self.job.sum(float(self.loss_sum))
+        return self.finite(total)
 
     def finite(self, loss):
         """Return the loss, unless it shows that training has gone wrong."""
@@ -199,12 +205,11 @@ class Trainer:
         where = f"epoch {self.epoch}, batch {batch}"
         raise FloatingPointError(f"{where}: the loss is {loss}; try an --lr below {self.args.lr}")
 
-    def finish_epoch(self, test_loss, accuracy):
+    def finish_epoch(self, train_loss, test_loss, accuracy):
         """Write down how the epoch went, lower the learning rate, and save."""
-        (loss_sum,) = self.job.sum(float(self.loss_sum))
         metrics = {
             "epoch": self.epoch,
-            "train_loss": self.finite(loss_sum / self.samples_seen),
+            "train_loss": train_loss,
             "test_loss": test_loss,
             "accuracy": accuracy,
             "learning_rate": self.scheduler.get_last_lr()[0],
@@ -218,8 +223,7 @@ class Trainer:
 
     def save(self):
         """Write checkpoint.pt, keeping the one before it, and metrics.jsonl: rank 0 does so for all."""
-        (loss_sum,) = self.job.sum(float(self.loss_sum))
-        self.finite(loss_sum)
+        loss_sum = self.total_loss()
         if self.job.rank > 0 or self.args.dry_run:
             return
         checkpoint = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")}
@@ -537,10 +541,8 @@ def run(args, job):
         job.sum()  # wait until all is unpacked
         training_set, test_set = load_mnist(args.data_dir, device)
         batch_size = args.batch_size * job.world_size
-        if batch_size > len(training_set[0]):
-            raise ValueError(
-                f"a batch of {batch_size} is more than the {len(training_set[0])} images there are"
-            )
+        if batch_size > (images := len(training_set[0])):
+            raise ValueError(f"--batch-size is too large: {batch_size} in all processes, of {images} images")
         if args.dry_run:
             args.epochs = 1
             training_set = [tensor[:batch_size] for tensor in training_set]
@@ -552,14 +554,14 @@ def run(args, job):
         model = job.distribute(trainer.model)
         try:
             while trainer.epoch <= args.epochs:
-                trainer.train(model, *training_set)
+                train_loss = trainer.train(model, *training_set)
                 loss, correct = test(trainer.model, *test_set, args.test_batch_size, job)
                 accuracy = correct / len(test_set[0])
                 logging.info(f"Test accuracy: {correct}/{len(test_set[0])} ({accuracy:6.1%})")
                 # Katib, which tunes hyper-parameters, looks for lines of this form.
                 logging.info(f"loss={loss:.4f}")
                 logging.info(f"accuracy={accuracy:.4f}")
-                trainer.finish_epoch(loss, accuracy)
+                trainer.finish_epoch(train_loss, loss, accuracy)
         except Stopped:
             trainer.save()
             logging.info("Stopped by a signal, after saving a checkpoint: --resume goes on from it")
