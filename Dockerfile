@@ -3,57 +3,60 @@
 
 ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE} AS python
-# cpu takes PyTorch's build without CUDA, a fifth of the size.
-ARG UV_TORCH_BACKEND
-# A package index of your own.
-ARG PIP_INDEX_URL
 WORKDIR /app
-# Any user may run the images, one without a home too.
+# Any user may run the images, even one without a home.
 ENV HOME=/tmp PYTHONUNBUFFERED=1
 
-# uv installs the packages, and is not in the images.
+# uv installs the packages, and stays out of the images. UV_DEFAULT_INDEX names another package index.
 FROM python AS uv
-RUN pip install --no-cache-dir uv==0.13.8
+ARG UV_DEFAULT_INDEX
+RUN PIP_INDEX_URL="${UV_DEFAULT_INDEX}" pip install --no-cache-dir uv==0.13.8
 
+# PyTorch, in the build that UV_TORCH_BACKEND names: cpu is far smaller, and without it you get CUDA.
+# Byte-code is compiled now, for a user who is not root could not keep it.
 FROM python AS packages
+ARG UV_DEFAULT_INDEX
+ARG UV_TORCH_BACKEND
 ARG REQUIREMENTS=docker/requirements.in
 COPY ${REQUIREMENTS} requirements.in
-# A list of versions, not of packages: it has the notebook's too, and other builds of torch need fewer.
 COPY requirements.txt ./
-# Byte-code is compiled now: a user who is not root could not keep it.
 RUN --mount=from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
-    UV_DEFAULT_INDEX="${PIP_INDEX_URL}" uv pip install --system --system-certs --no-cache --compile-bytecode \
-    -r requirements.in -c requirements.txt
+    uv pip install --system --system-certs --no-cache --compile-bytecode \
+    -r requirements.in -c requirements.txt && rm -f /tmp/uv-*.lock
 
-FROM packages AS data
-COPY mnist.py ./
+# The digits. The trainer checks them whenever it reads them.
+FROM python AS data
 COPY datasets datasets
-RUN python -c "import mnist; mnist.unpack_mnist('datasets')" && rm datasets/MNIST/raw/*.gz
+RUN gunzip datasets/MNIST/raw/*.gz
 
 FROM packages AS notebook
 LABEL org.opencontainers.image.title="MNIST tutorial in JupyterLab" \
       org.opencontainers.image.licenses="Apache-2.0 AND CC-BY-SA-3.0"
+# Tk, for a person who wants matplotlib's windows. Any version will do.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends libtk8.6 && rm -rf /var/lib/apt/lists/*
+ARG UV_DEFAULT_INDEX
 COPY requirements.in ./
 RUN --mount=from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
-    UV_DEFAULT_INDEX="${PIP_INDEX_URL}" uv pip install --system --system-certs --no-cache --compile-bytecode \
-    -r requirements.in -c requirements.txt
+    uv pip install --system --system-certs --no-cache --compile-bytecode \
+    -r requirements.in -c requirements.txt && rm -f /tmp/uv-*.lock
 COPY --from=data /app/datasets datasets
 COPY LICENSE mnist.py pytorchjob-mnist.yaml ./
 COPY notebooks/mnist.ipynb notebooks/
-# The notebook writes files, as any user of group 0.
-RUN mkdir output && chmod -R g=u *.* notebooks output .
+# The notebook writes the trainer and the manifest, so any user of group 0 may.
+RUN mkdir output && chmod g=u . output notebooks notebooks/mnist.ipynb mnist.py pytorchjob-mnist.yaml
 USER 1000:0
 EXPOSE 8888
-CMD ["jupyter", "lab", "--ip=0.0.0.0", "--no-browser", "notebooks/mnist.ipynb"]
+CMD ["jupyter", "lab", "--ip=0.0.0.0", "--no-browser"]
 
 FROM packages AS trainer
 LABEL org.opencontainers.image.title="MNIST trainer" \
       org.opencontainers.image.licenses="Apache-2.0 AND CC-BY-SA-3.0"
 RUN install -d -m 775 output
 COPY --from=data /app/datasets datasets
-# Last, for it is what changes most. A trainer of your own takes its place.
-ARG TRAINER=mnist.py
 COPY LICENSE ./
+# Last, for it changes most. A trainer of your own takes the place of mnist.py.
+ARG TRAINER=mnist.py
 COPY ${TRAINER} mnist.py
 USER 1000:0
 ENTRYPOINT ["python", "mnist.py"]
