@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -314,7 +315,7 @@ def write(path, contents, keep=None):
 def load_checkpoint(folder):
     """Return the newest good checkpoint in `folder`, or None where there is none at all.
 
-    A damaged one is named and put aside. Raises ValueError if no good one is left.
+    A damaged one is named and passed over. Raises ValueError if no good one is left.
     """
     paths = [Path(folder, name) for name in ("checkpoint.pt", "checkpoint.previous.pt")]
     found = [path for path in paths if path.exists()]
@@ -327,10 +328,12 @@ def load_checkpoint(folder):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             if checkpoint["progress"].keys() != set(PROGRESS):
                 raise ValueError("it is another program's")
-            return checkpoint
         except Exception as error:
             logging.warning(f"{path} is not a good checkpoint ({first_line(error)}): passed over")
-            os.replace(path, path.with_suffix(".damaged"))
+            continue
+        if path != found[0]:  # or else it would soon take the place of the good one
+            os.replace(found[0], found[0].with_suffix(".damaged"))
+        return checkpoint
     if found:
         raise ValueError(f"no good checkpoint is left in {folder}: start afresh, without --resume")
     return None
@@ -397,16 +400,18 @@ class Job:
         apart while images are pulled. Raises ConnectionError with the address of the meeting.
         """
         where = f"rank {self.rank} of {self.world_size}"
-        handlers = {}
+        # Kubernetes sends SIGTERM before it takes a pod away, and SIGKILL 30 seconds later.
+        handlers = {name: signal.signal(name, self.leave) for name in (signal.SIGTERM, signal.SIGINT)}
         try:
             if self.world_size > 1:
                 where += f" (meeting at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']})"
                 limit = timedelta(seconds=timeout)
-                store, rank, size = next(dist.rendezvous("env://", timeout=10 * limit))
+                with ThreadPoolExecutor() as pool:  # so that a signal is heard while we wait
+                    meeting = pool.submit(next, dist.rendezvous("env://", timeout=10 * limit))
+                    store, rank, size = meeting.result()
                 dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
-            # Kubernetes sends SIGTERM before it takes a pod away, and SIGKILL 30 seconds later.
-            for name in (signal.SIGTERM, signal.SIGINT):
-                handlers[name] = signal.signal(name, self.ask_to_stop)
+            for name in handlers:
+                signal.signal(name, self.ask_to_stop)
             yield
         except RuntimeError as error:
             raise ConnectionError(f"{where} failed, or lost another: {first_line(error)}") from error
@@ -415,6 +420,10 @@ class Job:
                 signal.signal(name, handler)
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+    def leave(self, *_):
+        print("mnist.py: stopped by a signal before the training began", flush=True)
+        os._exit(143)
 
     def distribute(self, model):
         """Return the model such that its gradients are averaged over all processes."""
@@ -492,7 +501,7 @@ def parse_arguments(argv):
     from_zero = number(int, lambda n: n >= 0, "a whole number of 0 or more")
     integer = number(int, lambda n: True, "a whole number")
     seconds = number(int, lambda n: 1 <= n <= 86400, "a whole number from 1 to 86400")
-    rate = number(float, lambda x: 0 < x < math.inf, "a number above 0")
+    rate = number(float, lambda x: 0 < x < 1e38, "a number above 0 and below 1e38")
     factor = number(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
     fraction = number(float, lambda x: 0 <= x < 1, "a number from 0 to less than 1")
 

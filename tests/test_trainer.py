@@ -1,0 +1,290 @@
+"""What mnist.py promises when it trains: model, order, log, metrics, checkpoints at an epoch's end."""
+
+import ast
+import io
+import json
+import re
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import ROOT, run
+
+import mnist
+
+
+@pytest.fixture(scope="module")
+def trained(small_template, tmp_path_factory):
+    """Two epochs alone, as (log, output folder)."""
+    output = tmp_path_factory.mktemp("trained")
+    code, log = run(small_template, "mnist.py", "--epochs", 2, "--save-model", "--output-dir", output)
+    assert code == 0, log
+    return log, output
+
+
+def weights(output):
+    return torch.load(output / "checkpoint.pt", weights_only=True)["model"]
+
+
+def metrics(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- the model
+
+
+def by_hand():
+    """The same network written out as a chain of layers that expects normalised images [N, 1, 28, 28]."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Dropout(0.25),
+        nn.Flatten(),
+        nn.Linear(9216, 128),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(128, 10),
+        nn.LogSoftmax(dim=1),
+    )
+
+
+def test_model_has_the_promised_parameters():
+    model = mnist.Net()
+    assert sum(p.numel() for p in model.parameters()) == 1_199_882
+    names = [f"{layer}.{kind}" for layer in ("conv1", "conv2", "fc1", "fc2") for kind in ("weight", "bias")]
+    assert list(model.state_dict()) == names
+
+
+def test_model_computes_what_the_same_network_written_by_hand_computes():
+    model, chain = mnist.Net().eval(), by_hand().eval()
+    chain.load_state_dict(
+        dict(zip(chain.state_dict(), model.state_dict().values(), strict=True)), strict=True
+    )
+    images = torch.randint(256, (7, 28, 28), dtype=torch.uint8)
+    normalised = ((images / 255 - 0.1307) / 0.3081).unsqueeze(1)
+    torch.testing.assert_close(model(images), chain(normalised))
+    assert model(images).shape == (7, 10)
+
+
+def test_model_also_takes_a_batch_of_none():
+    """A process whose share of the last batch is empty takes part all the same."""
+    model = mnist.Net()
+    model(torch.empty(0, 28, 28, dtype=torch.uint8)).sum().backward()
+    assert model.conv1.weight.grad.abs().sum() == 0
+
+
+def test_importing_the_trainer_has_no_effect():
+    """`%run` exports a script's globals into the notebook, so there must be nothing but definitions."""
+    tree = ast.parse((ROOT / "mnist.py").read_text())
+    harmless = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
+    others = [node for node in tree.body[1:-1] if not isinstance(node, harmless)]
+    assert not others
+    assert ast.unparse(tree.body[-1].test) == "__name__ == '__main__'"
+    assert all(target.isupper() for target in re.findall(r"^(\w+)[, \w]* = ", ast.unparse(tree), re.M))
+
+
+# --- the order of samples
+
+
+def test_order_is_a_permutation_and_new_in_every_epoch_and_for_every_seed():
+    orders = [mnist.epoch_order(1000, seed, epoch) for seed in (-1, 1, 2, 2**70) for epoch in (1, 2)]
+    assert all(sorted(order.tolist()) == list(range(1000)) for order in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == len(orders)
+    assert torch.equal(orders[2], mnist.epoch_order(1000, seed=1, epoch=1))
+
+
+def test_order_leaves_the_global_random_numbers_alone():
+    before = torch.get_rng_state()
+    mnist.epoch_order(1000, 1, 1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# --- the log
+
+
+def test_log_has_the_promised_form(trained):
+    log, _ = trained
+    lines = log.splitlines()
+    assert re.fullmatch(r"Started alone: rank 0 of 1, device cpu, backend none, \d+ threads", lines[0])
+    epoch = r"Epoch: [12] \((  0\.0| 62\.5)%\) - Loss: \d+\.\d+"
+    accuracy = r"Test accuracy: \d+/500 \( \d\d\.\d%\)"
+    expected = [epoch, epoch, accuracy, r"loss=\d+\.\d{4}", r"accuracy=0\.\d{4}"] * 2
+    assert len(lines) == 1 + len(expected), log
+    for line, pattern in zip(lines[1:], expected, strict=True):
+        assert re.fullmatch(pattern, line), (line, pattern)
+
+
+def test_metrics_file_says_what_the_log_says(trained):
+    log, output = trained
+    first, second = metrics(output)
+    assert [f"{m['test_loss']:.4f}" for m in (first, second)] == re.findall(r"^loss=(.*)$", log, re.M)
+    assert [f"{m['accuracy']:.4f}" for m in (first, second)] == re.findall(r"^accuracy=(.*)$", log, re.M)
+    assert [m["epoch"] for m in (first, second)] == [1, 2]
+    assert [m["learning_rate"] for m in (first, second)] == pytest.approx([1.0, 0.7])
+    assert first["train_loss"] > second["train_loss"] > 0
+    assert first["samples_per_second"] == pytest.approx(1000 / first["seconds"])
+
+
+def test_the_model_learns_and_the_saved_one_has_the_accuracy_in_the_log(trained, small_template):
+    _, output = trained
+    model = mnist.Net()
+    model.load_state_dict(torch.load(output / "mnist_model.pt", weights_only=True))
+    images, labels = small_test_set(small_template)
+    loss, correct = mnist.test(model, images, labels, 500, mnist.Job())
+    assert correct / 500 == metrics(output)[-1]["accuracy"] > 0.7
+    assert loss == pytest.approx(metrics(output)[-1]["test_loss"], abs=1e-6)
+
+
+def small_test_set(project):
+    raw = project / "datasets/MNIST/raw"
+    images = torch.frombuffer(
+        bytearray((raw / "t10k-images-idx3-ubyte").read_bytes()[16:]), dtype=torch.uint8
+    )
+    labels = torch.frombuffer(bytearray((raw / "t10k-labels-idx1-ubyte").read_bytes()[8:]), dtype=torch.uint8)
+    return images.reshape(-1, 28, 28), labels.long()
+
+
+# --- checkpoints at an epoch's end
+
+
+def test_resume_at_an_epochs_end_equals_an_uninterrupted_run(trained, small):
+    _, output = trained
+    assert run(small, "mnist.py", "--epochs", 1)[0] == 0
+    code, log = run(small, "mnist.py", "--epochs", 2, "--resume")
+    assert code == 0 and "Resuming in epoch 2 after 0 samples" in log
+    assert same(weights(small / "output"), weights(output))
+    for resumed, whole in zip(metrics(small / "output"), metrics(output), strict=True):
+        for name in ("epoch", "train_loss", "test_loss", "accuracy", "learning_rate"):
+            assert resumed[name] == whole[name]
+
+
+def test_another_seed_gives_other_weights_and_the_same_seed_the_same(trained, small):
+    _, output = trained
+    assert run(small, "mnist.py", "--epochs", 2)[0] == 0
+    assert same(weights(small / "output"), weights(output))
+    assert run(small, "mnist.py", "--epochs", 2, "--seed", -7)[0] == 0
+    assert not same(weights(small / "output"), weights(output))
+
+
+def test_resume_starts_afresh_where_there_is_nothing_to_resume(small):
+    code, log = run(small, "mnist.py", "--epochs", 1, "--resume")
+    assert code == 0 and "No checkpoint in output yet: starting afresh" in log
+
+
+def test_sgd_trains_with_its_own_default_learning_rate(small):
+    code, log = run(small, "mnist.py", "--epochs", 1, "--optimizer", "sgd", "--momentum", 0.9)
+    assert code == 0, log
+    assert metrics(small / "output")[0]["learning_rate"] == 0.01
+
+
+def test_dry_run_takes_one_batch_and_writes_nothing(small):
+    code, log = run(small, "mnist.py", "--dry-run", "--test-batch-size", 100, "--save-model")
+    assert code == 0 and re.search(r"Test accuracy: \d+/100 ", log)
+    assert log.count("Epoch:") == 1
+    assert not (small / "output").exists()
+
+
+# --- several processes
+
+
+@pytest.fixture(scope="module")
+def trained_by_two(small_template, tmp_path_factory):
+    """One epoch in two processes, 32 samples each a step, as (log, output folder)."""
+    output = tmp_path_factory.mktemp("two")
+    flags = ("--num-processes", 2, "--batch-size", 32, "--epochs", 1, "--output-dir", output)
+    code, log = run(small_template, "mnist.py", *flags)
+    assert code == 0, log
+    return log, output
+
+
+def test_two_processes_log_once_and_say_how_they_were_started(trained_by_two):
+    log, _ = trained_by_two
+    first, second = log.splitlines()[:2]
+    assert re.fullmatch(r"Started by torchrun: rank 0 of 2, device cpu, backend gloo, \d+ threads", first)
+    assert second == "Using distributed PyTorch with gloo backend"
+    assert log.count("Test accuracy") == log.count("accuracy=") == 1
+    assert "Warning" not in log and "*****" not in log
+
+
+def test_figures_are_those_of_one_process_with_the_same_weights(trained_by_two, small_template):
+    _, output = trained_by_two
+    model = mnist.Net()
+    model.load_state_dict(weights(output))
+    loss, correct = mnist.test(model, *small_test_set(small_template), 500, mnist.Job())
+    assert metrics(output)[0]["accuracy"] == correct / 500
+    assert metrics(output)[0]["test_loss"] == pytest.approx(loss, abs=1e-6)
+
+
+def test_one_step_of_two_processes_is_one_step_of_a_single_one_with_their_batches_together(small):
+    """Dropout's random numbers differ from process to process, so this is shown without dropout."""
+    source = (small / "mnist.py").read_text()
+    (small / "mnist.py").write_text(
+        source.replace("nn.Dropout(0.25)", "nn.Identity()").replace("nn.Dropout(0.5)", "nn.Identity()")
+    )
+    for folder, flags in {
+        "one": ["--batch-size", 64],
+        "two": ["--batch-size", 32, "--num-processes", 2],
+    }.items():
+        flags += ["--epochs", 1, "--optimizer", "sgd", "--output-dir", folder]
+        code, log = run(small, "mnist.py", *flags, OMP_NUM_THREADS=1)
+        assert code == 0, log
+    one, two = weights(small / "one"), weights(small / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+
+
+class Share(mnist.Job):
+    """One of several processes, without the others: the sums are added up by the test."""
+
+    def sum(self, *numbers):
+        return list(numbers)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_evaluation_takes_every_sample_once_whatever_the_number_of_processes(world_size):
+    torch.manual_seed(0)
+    images, labels = torch.randint(256, (101, 28, 28), dtype=torch.uint8), torch.randint(10, (101,))
+    model = mnist.Net()
+    loss, correct = mnist.test(model, images, labels, 101, mnist.Job())
+    shares = [Share("", rank, world_size) for rank in range(world_size)]
+    parts = [mnist.test(model, images, labels, 10, share) for share in shares]
+    assert sum(part for part, _ in parts) == pytest.approx(loss, abs=1e-6)
+    assert sum(part for _, part in parts) == correct
+
+
+def test_shares_are_disjoint_and_cover_the_set(small):
+    """Each process writes down what it was given, in an epoch whose last batch cannot be shared evenly."""
+    spy = "share = batch[rank::world_size]"
+    source = (small / "mnist.py").read_text()
+    assert source.count(spy) == 1
+    note = spy + "; print(*share.tolist(), file=open(f'rank{rank}.txt', 'a'))"
+    (small / "mnist.py").write_text(source.replace(spy, note))
+    flags = ("--epochs", 2, "--batch-size", 99)
+    code, log = run(
+        small, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 3, "mnist.py", *flags
+    )
+    assert code == 0, log
+    notes = [(small / f"rank{rank}.txt").read_text().splitlines() for rank in range(3)]
+    shares = [[[int(sample) for sample in step.split()] for step in steps] for steps in notes]
+    seen = [sample for rank in shares for share in rank for sample in share]
+    assert sorted(seen) == sorted([*range(1000)] * 2)
+    # Four steps an epoch, and the last one has 109 samples for the three of them.
+    assert [[len(share) for share in rank] for rank in shares] == [
+        ([99] * 3 + [last]) * 2 for last in (37, 36, 36)
+    ]
+
+
+# --- files
+
+
+def test_serialized_state_can_be_loaded_without_trust():
+    state = {"numbers": torch.arange(3), "list": [1, 2.5, "three"]}
+    loaded = torch.load(io.BytesIO(mnist.serialize(state)), weights_only=True)
+    assert torch.equal(loaded["numbers"], state["numbers"]) and loaded["list"] == state["list"]
