@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: notebook test lab lint notebook-refresh requirements clean
+.PHONY: notebook test lab lint notebook-refresh requirements system-packages
 
 notebook: .venv/notebook
 	$(BIN)/papermill notebooks/mnist.ipynb out.ipynb -p epochs 1 --log-output --no-progress-bar
@@ -34,3 +34,8 @@ lint: .venv/tests
 requirements: .venv/uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements.in -o requirements.txt
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements-dev.in -c requirements.txt -o requirements-dev.txt
+
+# For the tests that pip alone cannot provide for. Debian and Ubuntu; needs root.
+system-packages:
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends iproute2

@@ -109,6 +109,6 @@ def test_the_flags_table_of_the_readme_is_the_help_text(capsys, monkeypatch):
     monkeypatch.setitem(os.environ, "COLUMNS", "200")
     with pytest.raises(SystemExit):
         mnist.parse_arguments(["--help"])
-    flags = dict(re.findall(r"^  (--.*?)  +(\S.*)$", capsys.readouterr().out, re.M))
+    flags = dict(re.findall(r"^  (--.*?)(?:  +|\n +)(\S.*)$", capsys.readouterr().out, re.M))
     table = dict(re.findall(r"^\| `(--[^`]*)` \| (.*) \|$", (ROOT / "README.md").read_text(), re.M))
     assert table == flags
