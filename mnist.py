@@ -23,7 +23,7 @@ import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -131,7 +131,10 @@ def load_mnist(folder, device="cpu"):
 
 
 def epoch_order(samples, seed, epoch):
-    """Return the order in which an epoch takes the samples, int64 [samples]; all processes agree."""
+    """Return the order in which an epoch takes the samples, int64 [samples]; all processes agree.
+
+    It follows from the seed and the epoch alone: the hash of whole numbers is the same in every run.
+    """
     return torch.randperm(samples, generator=torch.Generator().manual_seed(hash((seed, epoch))))
 
 
@@ -339,17 +342,18 @@ def load_checkpoint(folder):
     return None
 
 
-def claim(folder):
-    """Make the output folder and lock it while this process lives. Raises OSError if it cannot."""
+@contextmanager
+def claimed(folder):
+    """Make the output folder and keep other runs out of it. Raises OSError if that cannot be done."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(Path(folder, ".lock"), timeout=0)
-        lock.acquire()
-        return lock
+        lock = FileLock(Path(folder, ".lock"), timeout=0).acquire()
     except Timeout as error:
         raise OSError(f"another run writes to {folder}: choose another --output-dir") from error
     except OSError as error:
         raise OSError(f"cannot write to {folder}: {error.strerror}") from error
+    with lock:
+        yield
 
 
 def first_line(error):
@@ -540,14 +544,17 @@ def run(args, job):
         f"Started {job.started}: rank {job.rank} of {job.world_size}, device {device}, "
         f"backend {backend if job.world_size > 1 else 'none'}, {torch.get_num_threads()} threads"
     )
-    # What the processes agree on are numbers on the CPU, for which gloo stands beside nccl.
-    with job.connected("cpu:gloo,cuda:nccl" if backend == "nccl" else backend, args.timeout):
+    writes = job.rank == 0 and not args.dry_run
+    with (
+        # What the processes agree on are numbers on the CPU, for which gloo stands beside nccl.
+        job.connected("cpu:gloo,cuda:nccl" if backend == "nccl" else backend, args.timeout),
+        claimed(args.output_dir) if writes else nullcontext(),
+    ):
         if job.world_size > 1:
             logging.info(f"Using distributed PyTorch with {backend} backend")
-        lock = claim(args.output_dir) if job.rank == 0 and not args.dry_run else None
         if job.local_rank == 0:
             unpack_mnist(args.data_dir)
-        job.sum()  # wait until all is unpacked
+        job.sum(0)  # wait until all is unpacked
         training_set, test_set = load_mnist(args.data_dir, device)
         batch_size = args.batch_size * job.world_size
         if batch_size > (images := len(training_set[0])):
@@ -575,11 +582,9 @@ def run(args, job):
             trainer.save()
             logging.info("Stopped by a signal, after saving a checkpoint: --resume goes on from it")
             sys.exit(143)
-        if args.save_model and job.rank == 0 and not args.dry_run:
+        if args.save_model and writes:
             write(Path(args.output_dir, "mnist_model.pt"), serialize(trainer.model.state_dict()))
-        job.sum()  # rank 0 must not leave before the others have finished
-        if lock:
-            lock.release()
+        job.sum(0)  # rank 0 must not leave before the others have finished
 
 
 def main(argv=None):
