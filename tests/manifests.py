@@ -367,6 +367,8 @@ def resource_problems(at, resources):
 
 THREADS = {"name": "OMP_NUM_THREADS", "valueFrom": {"resourceFieldRef": {"resource": "limits.cpu"}}}
 
+NEW_STORE = {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"}
+
 
 def trainer_problems(at, trainer, torchrun):
     """Yield what is wrong with how mnist.py is started: `trainer` is its container, or a TrainJob's."""
@@ -456,6 +458,8 @@ def pytorchjob_problems(job, at="spec"):
                 yield f"{where}.containers[{i}].{field}: is not the master's: all must train alike"
         yield from resource_problems(f"{where}.containers[{i}].resources", container.get("resources", {}))
         yield from trainer_problems(f"{where}.containers[{i}]", container, torchrun)
+        if elastic and NEW_STORE not in container.get("env", []):
+            yield f"{where}.containers[{i}].env: {NEW_STORE['name']} must be 1, or a restart finds ghosts"
         writes = name == "Master" or elastic  # an elastic job's writer may be any worker
         yield from folder_problems(where, container.get("args", []), pod, i, writes)
 

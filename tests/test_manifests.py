@@ -204,6 +204,7 @@ BROKEN_ELASTIC = {
     "more workers than at most": (f"{WORKER}.replicas", 4),
     "unknown way to meet": ("spec.elasticPolicy.rdzvBackend", "redis"),
     "python in torchrun's place": (f"{WORKER_BOX}.command", ["python", "mnist.py"]),
+    "old addresses after a restart": (f"{WORKER_BOX}.env[1]", GONE, f"{WORKER_BOX}.env"),
     "never restarted by torchrun": ("spec.elasticPolicy.maxRestarts", GONE),
 }
 
