@@ -409,11 +409,8 @@ class Job:
         try:
             if self.world_size > 1:
                 where += f" (meeting at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']})"
-                limit = timedelta(seconds=timeout)
                 with ThreadPoolExecutor() as pool:  # so that a signal is heard while we wait
-                    meeting = pool.submit(next, dist.rendezvous("env://", timeout=10 * limit))
-                    store, rank, size = meeting.result()
-                dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
+                    pool.submit(self.meet, backend, timedelta(seconds=timeout)).result()
             for name in handlers:
                 signal.signal(name, self.ask_to_stop)
             yield
@@ -424,6 +421,10 @@ class Job:
                 signal.signal(name, handler)
             if dist.is_initialized():
                 dist.destroy_process_group()
+
+    def meet(self, backend, limit):
+        store, rank, size = next(dist.rendezvous("env://", timeout=10 * limit))
+        dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
 
     def leave(self, *_):
         print("mnist.py: stopped by a signal before the training began", flush=True)
