@@ -1,0 +1,519 @@
+"""The notebook: its files, its parameters, the ways to run it, and what is stored of it."""
+
+import ast
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+import time
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+import yaml
+from conftest import ROOT, need, run, start
+from IPython.core.inputtransformer2 import TransformerManager
+from matplotlib import image as png
+
+NOTEBOOK = ROOT / "notebooks" / "mnist.ipynb"
+CELLS = {cell.id: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
+CODE = [cell for cell in CELLS.values() if cell.cell_type == "code"]
+PROSE = "\n".join(cell.source for cell in CELLS.values() if cell.cell_type == "markdown")
+
+# Those that write files, those that these need, and the last chapters: they run on a slice of the data.
+ON_A_SLICE = [
+    "go-to-the-project",
+    "versions-and-device",
+    "file-names",
+    "parameters",
+    "check-the-parameters",
+    "check-the-cluster",
+    "trainer",
+    "remove-old-results",
+    "run-the-trainer",
+    "check-the-run",
+    "run-several-processes",
+    "check-several-processes",
+    "define-step",
+    "build-the-image",
+    "manifest",
+    "put-parameters-into-the-manifest",
+    "read-the-manifest",
+    "claim-a-volume",
+    "create-the-job",
+    "name-of-the-job",
+    "describe-the-job",
+    "list-the-pods",
+    "define-wait-for",
+    "follow-the-log",
+    "wait-for-the-end",
+    "delete-the-job",
+]
+
+
+def body(cell):
+    """Return what a %%writefile cell writes."""
+    return cell.source.split("\n", 1)[1] + "\n"
+
+
+def execute(*names, **variables):
+    """Execute cells here, in plain Python, and return their variables."""
+    for name in names:
+        exec(CELLS[name].source, variables)
+    return variables
+
+
+def save(notebook_cells, folder):
+    """Save cells as the notebook of the project in `folder`."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells = notebook_cells
+    for cell in notebook.cells:
+        cell.pop("outputs", None)
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    (folder / "notebooks").mkdir(exist_ok=True)
+    nbformat.write(notebook, folder / "notebooks" / "mnist.ipynb")
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def outputs_of(notebook):
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+class Images(HTMLParser):
+    """Collects the attributes of the images in HTML."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.found = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "img":
+            self.found.append(dict(attributes))
+
+
+def assert_is_a_picture(image):
+    """It has a description, and it is not blank."""
+    assert len(image["alt"]) > 20
+    kind, contents = image["src"].split(",", 1)
+    assert kind == "data:image/png;base64"
+    assert png.imread(io.BytesIO(base64.b64decode(contents)))[..., :3].std() > 0.05, image["alt"]
+
+
+def images_of(notebook):
+    html = "".join(output.data.get("text/html", "") for output in outputs_of(notebook) if "data" in output)
+    return Images(html).found
+
+
+# --- The files that it writes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cell", "file", "name"),
+    [("trainer", "$TRAINER_FILE", "mnist.py"), ("manifest", "$KUBERNETES_FILE", "pytorchjob-mnist.yaml")],
+)
+def test_the_cell_is_the_committed_file_byte_for_byte(cell, file, name):
+    assert CELLS[cell].source.startswith(f"%%writefile {file}\n")
+    assert body(CELLS[cell]).encode() == (ROOT / name).read_bytes()
+    assert name in execute("file-names").values()
+
+
+def parameters(**changes):
+    return execute("parameters") | changes
+
+
+def manifest_with(folder, **changes):
+    """Return the text of the manifest that these parameters make."""
+    path = folder / "job.yaml"
+    path.write_text(body(CELLS["manifest"]))
+    variables = parameters(**changes) | {"KUBERNETES_FILE": path, "Path": Path}
+    execute("check-the-parameters", "put-parameters-into-the-manifest", **variables)
+    return path.read_text()
+
+
+def test_default_parameters_leave_the_manifest_as_it_is(tmp_path):
+    assert manifest_with(tmp_path) == (ROOT / "pytorchjob-mnist.yaml").read_text()
+
+
+def test_each_parameter_changes_its_own_place_in_the_manifest_and_no_other(tmp_path):
+    def parts(text):
+        job = json.loads(json.dumps(yaml.safe_load(text)))  # master and worker share nothing now
+        master, worker = (job["spec"]["pytorchReplicaSpecs"][role] for role in ("Master", "Worker"))
+        for replica in (master, worker):
+            (container,) = replica["template"]["spec"]["containers"]
+            image, args = container.pop("image"), container.pop("args")
+            epochs = args.pop(args.index("--epochs") + 1)
+            gpus = container["resources"]["limits"].pop("nvidia.com/gpu", None)
+            yield image, epochs, gpus, replica.pop("replicas"), args
+        yield job
+
+    image = "registry.example.com:5000/team/mnist@sha256:12ab"
+    changed = manifest_with(tmp_path, image=image, job_epochs=3, workers=5, gpu=False)
+    default_master, default_worker, default_rest = parts(manifest_with(tmp_path))
+    master, worker, rest = parts(changed)
+    assert default_master[:4] == ("mnist-trainer:1.0", "15", 1, 1)
+    assert default_worker[:4] == ("mnist-trainer:1.0", "15", 1, 2)
+    assert master[:4] == (image, "3", None, 1)
+    assert worker[:4] == (image, "3", None, 5)
+    assert (master[4], worker[4], rest) == (default_master[4], default_worker[4], default_rest)
+
+
+# --- The parameters -----------------------------------------------------------------------------
+
+BAD = {
+    "epochs": ["abc", 0, -1, 1.5, True, "2", None],
+    "batch_size": ["abc", 0, -1, 1.5, True, "64", 60_001, 10**12],
+    "learning_rate": ["abc", 0, -1.0, True, float("nan"), float("inf"), "1.0"],
+    "seed": ["abc", 1.5, True, None],
+    "num_processes": ["abc", 0, -1, 1.5, True, 17, 1000],
+    "image": ["", "two words", "a;b", "$(id)", 1, None, True],
+    "job_epochs": ["abc", 0, 1.5, True],
+    "workers": ["abc", 0, -1, 1.5, True],
+    "gpu": ["true", 1, None],
+    "submit": ["true", "yes", 1, 0, None],
+}
+GOOD = {
+    "epochs": [1, 1000],
+    "batch_size": [1, 60_000],
+    "learning_rate": [1, 1e-9, 30.0],
+    "seed": [0, -7, 2**70],
+    "num_processes": [1, 16],
+    "image": ["a", "registry.example.com:5000/team/name-1_x:v1.0", "name@sha256:0a"],
+    "job_epochs": [1],
+    "workers": [1, 100],
+    "gpu": [True, False],
+    "submit": [True, False],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in BAD for value in BAD[name]])
+def test_a_bad_value_is_refused_with_one_sentence_that_names_parameter_and_value(name, value):
+    with pytest.raises(ValueError, match=r"^.*\.$") as refusal:
+        execute("check-the-parameters", **parameters(**{name: value}))
+    assert str(refusal.value).startswith(f"{name} must be ")
+    assert str(refusal.value).endswith(f", not {value!r}.")
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in GOOD for value in GOOD[name]])
+def test_a_good_value_is_accepted(name, value, capsys):
+    execute("check-the-parameters", **parameters(**{name: value}))
+    assert capsys.readouterr().out == "All parameters are fine.\n"
+
+
+def test_every_parameter_is_checked_and_is_used():
+    names = set(execute("parameters")) - {"__builtins__", "__annotations__"}
+    assert names == set(BAD) == set(GOOD)
+    rest = "\n".join(c.source for c in CODE if c.id not in ("parameters", "check-the-parameters"))
+    assert [name for name in names if not re.search(rf"\b{name}\b", rest)] == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("epochs", "abc"), ("batch_size", "1000000"), ("submit", "1")])
+def test_papermill_stops_at_a_bad_value_and_nothing_is_written(name, value, tmp_path):
+    project = tmp_path / "project"
+    (project / "notebooks").mkdir(parents=True)
+    shutil.copy(NOTEBOOK, project / "notebooks")
+    before = files_in(project)
+    out = tmp_path / "out.ipynb"
+    code, output = run(project, "-m", "papermill", "notebooks/mnist.ipynb", out, "-p", name, value)
+    assert code == 1
+    assert re.search(rf"\nValueError: {name} must be [^\n]+, not '?{value}'?\.\n", output)
+    assert files_in(project) == before
+
+
+def test_papermill_explains_every_parameter(tmp_path):
+    code, output = run(tmp_path, "-m", "papermill", "--help-notebook", NOTEBOOK)
+    assert code == 0
+    assert "Unknown type" not in output
+    for name in BAD:
+        assert re.search(rf"  {name}: (int|float|str|bool) \(default .+\)\n +\w.{{10}}", output), name
+
+
+# --- Submitting ---------------------------------------------------------------------------------
+
+
+def submit_in(folder, **environment):
+    """Run the whole notebook with submit=True: it must stop before it has written anything."""
+    (folder / "notebooks").mkdir(parents=True)
+    shutil.copy(NOTEBOOK, folder / "notebooks")
+    before = files_in(folder)
+    arguments = ("notebooks/mnist.ipynb", folder.parent / "out.ipynb", "-p", "submit", "True")
+    code, output = run(folder, "-m", "papermill", *arguments, **environment)
+    assert code == 1
+    assert files_in(folder) == before
+    (sentence,) = re.findall(r"\nRuntimeError: (submit is True[^\n]+)\n", output)
+    return sentence
+
+
+def test_submitting_without_kubectl_stops_at_once(tmp_path):
+    assert submit_in(tmp_path / "project", PATH="").endswith("there is no kubectl on this machine.")
+
+
+def test_submitting_without_a_cluster_stops_at_once(tmp_path):
+    need("kubectl", "kubernetes-client")
+    nowhere = tmp_path / "kubeconfig"
+    cluster = {"name": "c", "cluster": {"server": "http://127.0.0.1:9"}}  # port 9: nobody listens
+    context = {"name": "c", "context": {"cluster": "c", "user": ""}}
+    nowhere.write_text(json.dumps({"clusters": [cluster], "contexts": [context], "current-context": "c"}))
+    sentence = submit_in(tmp_path / "project", KUBECONFIG=nowhere)
+    assert "no cluster with PyTorchJobs answers: " in sentence
+    assert "127.0.0.1:9" in sentence
+
+
+def test_the_job_has_the_name_that_kubectl_gave_it():
+    answer = "Warning: something\npytorchjob.kubeflow.org/pytorchjob-mnist created\n"
+    captured = SimpleNamespace(stdout=answer, stderr="")
+    variables = execute("name-of-the-job", re=re, submit=True, job_name="?", created=captured)
+    assert variables["PYTORCH_JOB"] == "pytorchjob.kubeflow.org/pytorchjob-mnist"
+
+
+def test_a_job_that_was_not_created_stops_the_notebook():
+    answer = 'Error from server (AlreadyExists): "pytorchjob-mnist" already exists\n'
+    captured = SimpleNamespace(stdout=answer, stderr="")
+    with pytest.raises(RuntimeError, match=r"^Nothing was created: Error from server .* already exists$"):
+        execute("name-of-the-job", re=re, submit=True, job_name="?", created=captured)
+
+
+def test_a_step_runs_only_when_submitting_and_stops_the_notebook_when_it_fails(tmp_path, capsys):
+    touch = f"touch {tmp_path}/made"
+    execute("define-step", submit=False, subprocess=subprocess)["step"](touch)
+    assert capsys.readouterr().out == f"$ {touch}\n(not run: submit is False)\n"
+    assert not (tmp_path / "made").exists()
+    step = execute("define-step", submit=True, subprocess=subprocess)["step"]
+    step(touch)
+    assert (tmp_path / "made").exists()
+    with pytest.raises(RuntimeError, match=r"exit code 3: echo sorry; exit 3$"):
+        step("echo sorry; exit 3")
+    assert "sorry\n" in capsys.readouterr().out
+
+
+# --- Running it ---------------------------------------------------------------------------------
+
+
+def save_small(folder, names, *more):
+    """Save these cells, and more, as the notebook of a small project; they write that project's trainer."""
+    cells = {name: CELLS[name].copy() for name in names}
+    cells["trainer"].source = "%%writefile $TRAINER_FILE\n" + (folder / "mnist.py").read_text()
+    cells["parameters"].source = cells["parameters"].source.replace("epochs: int = 5", "epochs: int = 2")
+    save([*cells.values(), *map(nbformat.v4.new_code_cell, more)], folder)
+
+
+@pytest.fixture
+def small_notebook(small):
+    """The small project with a part of the notebook in it, and without the files that this writes."""
+    save_small(small, ON_A_SLICE)
+    (small / "mnist.py").unlink()
+    return small
+
+
+WAYS = {
+    "papermill": (".", "papermill notebooks/mnist.ipynb ../out.ipynb"),
+    "papermill in notebooks/": ("notebooks", "papermill mnist.ipynb ../../out.ipynb"),
+    "papermill --cwd": (".", "papermill notebooks/mnist.ipynb ../out.ipynb --cwd datasets/MNIST"),
+    "nbconvert": (
+        ".",
+        "nbconvert --to notebook --execute notebooks/mnist.ipynb --output-dir .. --output out",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_running_it_leaves_the_same_files_in_the_same_place(way, small_notebook):
+    # Without a PATH neither kubectl nor docker is found, and nothing else may be needed from there.
+    before = set(files_in(small_notebook))
+    folder, command = WAYS[way]
+    code, output = run(small_notebook / folder, "-m", *command.split(), timeout=300, PATH="")
+    assert code == 0, output
+    results = {f"output/{name}" for name in ("metrics.jsonl", "mnist_model.pt", "checkpoint.pt")}
+    results |= {
+        "output/checkpoint.previous.pt",
+        "output/processes/checkpoint.pt",
+        "output/processes/metrics.jsonl",
+    }
+    new = {name for name in files_in(small_notebook) if not name.endswith(".lock")} - before
+    assert new == results | {"mnist.py", "pytorchjob-mnist.yaml"}
+    outputs = outputs_of(nbformat.read(small_notebook.parent / "out.ipynb", as_version=4))
+    text = "".join(output.get("text", "") for output in outputs)
+    assert len(re.findall(r"^Test accuracy: ", text, re.MULTILINE)) == 2 + 1  # one process, then two
+    assert len(re.findall(r"^\$ (docker|kubectl) .+\n\(not run: submit is False\)$", text, re.MULTILINE)) == 6
+    assert "pytorchjob.kubeflow.org/pytorchjob-mnist would be created" in text
+
+
+def test_the_notebook_notices_that_the_training_failed(small_notebook):
+    raw = small_notebook / "datasets" / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    raw.write_bytes(raw.read_bytes()[:-1] + b"\xff")
+    (small_notebook / "output").mkdir()
+    (small_notebook / "output" / "mnist_model.pt").write_text("of an earlier run")
+    code, output = run(small_notebook, "-m", "papermill", "notebooks/mnist.ipynb", "../out.ipynb")
+    assert code == 1
+    assert "RuntimeError: The training failed: see what it printed above." in output
+    assert not (small_notebook / "pytorchjob-mnist.yaml").exists()
+
+
+def test_percent_run_twice_in_a_row_gives_the_same_log_twice(small):
+    again = "get_ipython().run_line_magic('run', 'mnist.py --epochs 1 --log-interval 4')"
+    code, output = run(small, "-m", "IPython", "--colors=NoColor", "-c", f"{again}; print('---'); {again}")
+    assert code == 0
+    first, second = output.split("---\n")
+    assert first == second
+    assert first.count("Test accuracy: ") == 1
+
+
+def names_made_by(nodes):
+    """Return the names that these statements assign to or define."""
+    for node in nodes:
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+
+
+def test_percent_run_changes_no_variable_of_the_notebook():
+    trainer = ast.parse(body(CELLS["trainer"])).body
+    assigned = [part for node in trainer if isinstance(node, ast.Assign) for part in ast.walk(node)]
+    exported = set(names_made_by([*trainer, *assigned]))
+    plain = (TransformerManager().transform_cell(cell.source) for cell in CODE)
+    own = {name for source in plain for name in names_made_by(ast.walk(ast.parse(source)))}
+    assert {"epochs", "show", "step", "model"} <= own
+    assert {"Net", "main", "MEAN", "STD"} <= exported
+    assert own & exported == set()
+
+
+EXERCISES = {
+    name: re.search(r"<summary>Answer</summary>.*```python\n(.*?)```", CELLS[name].source, re.DOTALL)[1]
+    for name in CELLS
+    if name.startswith("exercise-")
+}
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_the_answer_to_an_exercise_works(name, small):
+    needed = [*ON_A_SLICE[: ON_A_SLICE.index("run-several-processes")], "load-the-data"]
+    imports = "import importlib, math, time\nimport mnist"
+    save_small(small, needed, imports, CELLS["predict"].source, EXERCISES[name])
+    code, output = run(small, "-m", "papermill", "notebooks/mnist.ipynb", "../out.ipynb", timeout=300)
+    assert code == 0, output
+
+
+# --- The stored notebook ------------------------------------------------------------------------
+
+
+def test_the_stored_notebook_has_been_run_from_top_to_bottom_in_one_go():
+    assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
+    assert {output.output_type for cell in CODE for output in cell.outputs} <= {"stream", "display_data"}
+    assert {output.get("name", "stdout") for cell in CODE for output in cell.outputs} == {"stdout"}
+    accuracies = re.findall(r"^accuracy=(.+)$", CELLS["run-the-trainer"].outputs[0].text, re.MULTILINE)
+    assert len(accuracies) == execute("parameters")["epochs"]
+    assert float(accuracies[-1]) >= 0.99
+
+
+def test_the_stored_notebook_is_clean():
+    stored = nbformat.read(NOTEBOOK, as_version=4)
+    assert set(stored.metadata) == {"kernelspec", "language_info"}
+    assert stored.metadata.kernelspec.name == "python3"
+    assert stored.metadata.language_info == {"name": "python"}
+    for cell in stored.cells:
+        assert re.fullmatch(r"[a-z]+(-[a-z]+)*", cell.id) and not re.fullmatch(r"[0-9a-f]{8}", cell.id)
+        assert cell.metadata == ({"tags": ["parameters"]} if cell.id == "parameters" else {})
+    text = "".join(json.dumps(output) for output in outputs_of(stored))
+    text = re.sub(r"base64,[\w+/=]+", "", text)
+    assert re.findall(r"/(?:home|root|work|tmp|var|opt|usr|Users|private|mnt)/\S*|[A-Z]:\\\\", text) == []
+    assert NOTEBOOK.stat().st_size < 1_500_000
+
+
+def test_every_stored_picture_is_drawn_and_described():
+    images = images_of(nbformat.read(NOTEBOOK, as_version=4))
+    assert len(images) == "".join(cell.source for cell in CODE).count("show(") - 1  # its definition
+    for image in images:
+        assert_is_a_picture(image)
+    assert Images(PROSE).found == []
+    assert not re.search(r"!\[\]\(", PROSE)
+
+
+def test_headings_go_down_one_level_at_a_time():
+    fenceless = re.sub(r"```.*?```", "", PROSE, flags=re.DOTALL)
+    levels = [len(marks) for marks in re.findall(r"^(#+) ", fenceless, re.MULTILINE)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(below <= above + 1 for above, below in pairwise(levels))
+
+
+def test_the_table_of_contents_has_all_chapters_and_no_link_is_broken():
+    chapters = re.findall(r"^## (.+)$", PROSE, re.MULTILINE)
+    assert re.findall(r"^\d+\. \[(.+?)\]", CELLS["title"].source, re.MULTILINE) == chapters
+    anchors = {title.replace(" ", "-") for title in re.findall(r"^#+ (.+)$", PROSE, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#(.+?)\)", PROSE)) <= anchors
+
+
+def test_the_tour_names_what_the_trainer_has():
+    import mnist
+
+    names = re.findall(r"\*\*([^*]+)\*\*", CELLS["tour"].source)
+    names = [name for group in names for name in re.findall(r"`([\w.]+)`", group)]
+    assert len(names) >= 8
+    for name in names:
+        thing = mnist
+        for part in name.split("."):
+            thing = getattr(thing, part)
+    trainer = (ROOT / "mnist.py").read_text()
+    for word in re.findall(r"`(\w+)`", CELLS["tour"].source):
+        assert word in trainer
+
+
+def test_cells_are_short():
+    long = {
+        cell.id: cell.source.count("\n") + 1 for cell in CODE if not cell.source.startswith("%%writefile")
+    }
+    assert max(long.values()) <= 30
+    assert sorted(long.values())[len(long) // 2] <= 10
+
+
+# --- The main job -------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(2400)
+def test_one_epoch_on_all_digits_headless_reads_at_least_98_percent(tmp_path):
+    """The README's command, in a copy of the project: all of it works, and leaves the project as it is."""
+    project = tmp_path / "project"
+    shutil.copytree(ROOT / "datasets", project / "datasets", ignore=shutil.ignore_patterns("*-ubyte"))
+    shutil.copytree(ROOT / "kubernetes", project / "kubernetes")
+    for name in ("mnist.py", "pytorchjob-mnist.yaml", "Dockerfile"):
+        shutil.copy(ROOT / name, project)
+    (project / "notebooks").mkdir()
+    shutil.copy(NOTEBOOK, project / "notebooks")
+    before = files_in(project)
+
+    command = "papermill notebooks/mnist.ipynb out.ipynb -p epochs 1 --log-output --no-progress-bar"
+    with start(project, "-m", *command.split()) as process:
+        arrived = [(line, time.monotonic()) for line in process.stdout]
+    output = "".join(line for line, _ in arrived)
+    assert process.returncode == 0, output
+
+    after = files_in(project)
+    assert {name: after[name] for name in before} == before
+    (metrics,) = map(json.loads, after["output/metrics.jsonl"].splitlines())
+    assert metrics["accuracy"] >= 0.98
+
+    # The log came while it trained.
+    first, last = (next(at for line, at in arrived if text in line) for text in ("Epoch: 1 (", "accuracy="))
+    assert last - first > metrics["seconds"] / 2
+
+    done = nbformat.read(project / "out.ipynb", as_version=4)
+    assert {output.output_type for output in outputs_of(done)} <= {"stream", "display_data"}
+    assert {output.name for output in outputs_of(done) if output.output_type == "stream"} == {"stdout"}
+    images = images_of(done)
+    assert len(images) == len(images_of(nbformat.read(NOTEBOOK, as_version=4))) - 1  # one step has no speed
+    for image in images:
+        assert_is_a_picture(image)
+
+    code, output = run(project, "-m", "nbconvert", "--to", "html", "out.ipynb")
+    assert code == 0, output
+    page = Images((project / "out.html").read_text()).found
+    assert [image["alt"] for image in page] == [image["alt"] for image in images]
