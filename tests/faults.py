@@ -1,0 +1,466 @@
+"""Faults, and what must hold after them. The tests try a few; this tries many.
+
+python -m tests.faults                 (or `make faults`) prints a table of what was tried and what survived
+python -m tests.faults --quick         a tenth of it
+python -m tests.faults --seed 2        at other instants, with other damage
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import io
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+
+from tests.conftest import RAW, clean_environment, make_small_project
+from tests.hosts import PORT, Process, PyTorchJob
+
+TRAIN, TEST, BATCH, INTERVAL, EPOCHS = 1000, 500, 30, 5, 2
+TIMEOUT = 10
+# Many small batches and checkpoints, and a log line for each batch: an instant can be aimed at.
+OPTIONS = ("--batch-size", BATCH, "--test-batch-size", 50, "--log-interval", 1, "--epochs", EPOCHS)
+OPTIONS += ("--checkpoint-interval", INTERVAL, "--timeout", TIMEOUT, "--no-cuda")
+MOMENTS = ("start-up", "training", "evaluation", "saving")
+# Or torchrun's agents would lend the processes their store, in which those that start again find the
+# addresses of the dead (https://github.com/pytorch/pytorch/issues/135712).
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1}
+RESULTS = ("Epoch: ", "Test accuracy: ", "loss=", "accuracy=")
+
+
+# --- What is compared ---------------------------------------------------------------------------
+
+
+def fingerprint(value):
+    """Return the SHA-256 of a nest of dicts, lists and tensors, to the last bit."""
+    sha256 = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            sha256.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            sha256.update(value.contiguous().numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in value:
+                add(key)
+                add(value[key])
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                add(item)
+        else:
+            sha256.update(repr(value).encode())
+
+    add(value)
+    return sha256.hexdigest()
+
+
+def weights(folder):
+    """Return the fingerprint of all in a folder's checkpoint that decides how training goes on."""
+    checkpoint = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
+    return fingerprint([checkpoint[part] for part in ("model", "optimizer", "scheduler")])
+
+
+def results(text):
+    """Return the lines of a log that do not depend on how often the training was interrupted."""
+    return [line for line in text.splitlines() if line.startswith(RESULTS)]
+
+
+def trainer_of(project):
+    """Import the project's mnist.py."""
+    spec = importlib.util.spec_from_file_location("mnist_of_project", Path(project, "mnist.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- A training that can be interrupted ---------------------------------------------------------
+
+
+def free_port():
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Training:
+    """A training by `world_size` processes of this machine, interrupted and taken up again.
+
+    A `launcher`, such as `--num-processes 2`, starts the processes itself.
+    """
+
+    def __init__(self, project, output, world_size=1, launcher=(), options=OPTIONS):
+        self.project, self.output, self.world_size = Path(project), Path(output), world_size
+        self.launcher, self.options = launcher, options
+        self.steps = math.ceil(TRAIN / BATCH / world_size)  # in an epoch
+        self.processes, self.logs = [], []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def start(self, *more):
+        """Start all processes; `more` adds to the command line."""
+        before, after = self.launcher if self.launcher else ((), ())
+        command = [sys.executable, *before, "mnist.py", *after, *self.options, "--output-dir", self.output]
+        meeting = {"WORLD_SIZE": self.world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+        attempt, self.processes = len(self.logs), []
+        for rank in range(1 if self.launcher else self.world_size):
+            in_job = {"RANK": rank, **meeting} if self.world_size > 1 and not self.launcher else {}
+            log = f"{self.output}.{attempt}.{rank}.log"
+            environment = clean_environment(OMP_NUM_THREADS=1, **in_job)
+            process = Process([*command, *more], log, cwd=self.project, env=environment)
+            self.processes.append(process)
+        self.logs.append(self.processes[0].log)
+        return self
+
+    def end(self, timeout=120):
+        """Wait for the end of all. Returns their exit codes."""
+        limit = time.monotonic() + timeout
+        return [process.end(max(0.1, limit - time.monotonic()))[0] for process in self.processes]
+
+    def complete(self, *more):
+        """Run, from the start or where a checkpoint is, to the end of the last epoch."""
+        self.start("--resume", *more)
+        codes = self.end()
+        assert codes == [0] * len(codes), f"exit codes {codes}:\n{self.printed}"
+        return self
+
+    def kill(self):
+        """Kill all processes at once, as a power cut would."""
+        for process in self.processes:
+            process.kill_all()
+
+    @property
+    def printed(self):
+        """All that the processes have printed in this attempt."""
+        return "".join(process.output for process in self.processes)
+
+    def saved(self):
+        """Tell whether there is a checkpoint."""
+        return any(self.output.glob("checkpoint*.pt"))
+
+    def reach(self, moment, rng):
+        """Wait for a random instant of one of MOMENTS. Returns whether training still runs then."""
+        first = self.processes[0]
+        done = len(results("".join(log.read_text() for log in self.logs[:-1])))
+        assert not done, "aim only at a first attempt: a later one prints fewer lines"
+
+        def trained(steps):
+            return lambda: first.output.count("- Loss: ") >= steps
+
+        if moment == "start-up":
+            if rng.random() < 0.5:
+                first.until("Started ")
+            time.sleep(rng.uniform(0, 2))
+        elif moment == "training":
+            first.until(trained(rng.randrange(1, EPOCHS * self.steps)))
+            time.sleep(rng.uniform(0, 0.05))
+        elif moment == "evaluation":
+            first.until(trained(rng.randint(1, EPOCHS) * self.steps))
+            time.sleep(rng.uniform(0, 0.15))
+        elif moment == "saving":
+            step = rng.randint(1, self.steps // INTERVAL) * INTERVAL
+            first.until(trained((rng.randint(1, EPOCHS) - 1) * self.steps + step - 1), pause=0)
+            first.until((self.output / "checkpoint.pt.tmp").exists, pause=0)
+            time.sleep(rng.uniform(0, 0.03))
+        return first.poll() is None
+
+
+class Project:
+    """A small project with the results of uninterrupted trainings, for comparison."""
+
+    def __init__(self, folder):
+        self.folder, self.uninterrupted = Path(folder), {}
+
+    def training(self, name, world_size=1, **how):
+        return Training(self.folder, self.folder / name, world_size, **how)
+
+    def reference(self, world_size):
+        """Return (weights, result lines) of a training by so many processes that nobody interrupted."""
+        if world_size not in self.uninterrupted:
+            with self.training(f"uninterrupted-{world_size}", world_size) as training:
+                training.complete()
+                self.uninterrupted[world_size] = (
+                    weights(training.output),
+                    results(training.processes[0].output),
+                )
+        return self.uninterrupted[world_size]
+
+
+# --- Faults: each returns what happened, and raises AssertionError where work was lost -----------
+
+
+def kill_and_resume(project, name, world_size, moment, rng):
+    """Kill all processes, or one of them, with -9; resume; compare with the uninterrupted training."""
+    expected, lines = project.reference(world_size)
+    with project.training(name, world_size) as training:
+        training.start().reach(moment, rng)
+        saved = training.saved()
+        if world_size > 1 and moment != "start-up" and rng.random() < 0.5:
+            rng.choice(training.processes).kill()
+            codes = training.end(TIMEOUT + 10)
+            assert 0 not in codes or "Test accuracy" in training.printed, training.printed
+        training.kill()
+        before = results(training.processes[0].output)
+        training.complete()
+        after = results(training.processes[0].output)
+        check_resumed(training, saved)
+        assert before == lines[: len(before)]
+        assert after == lines[len(lines) - len(after) :]
+        assert weights(training.output) == expected
+        shutil.rmtree(training.output)
+
+
+def stop_and_resume(project, name, world_size, moment, rng, number=signal.SIGTERM):
+    """Send SIGTERM to all processes, or to one; resume; compare. Returns the exit codes."""
+    expected, lines = project.reference(world_size)
+    with project.training(name, world_size) as training:
+        training.start().reach(moment, rng)
+        began = "- Loss: " in training.processes[0].output
+        one = [rng.choice(training.processes)] if began and rng.random() < 0.5 else training.processes
+        for process in one:
+            process.send_signal(number)
+        codes = training.end(20)
+        printed = training.printed
+        before = results(training.processes[0].output)
+        if set(codes) == {0}:
+            assert before == lines, f"left with 0 too early:\n{printed}"
+        elif began:
+            assert set(codes) == {143}, f"{codes}\n{printed}"
+            assert "Stopped by a signal, after saving a checkpoint" in printed, printed
+        else:
+            # Who is stopped while Python starts has not learned yet what to do about a signal.
+            assert not set(codes) - {143, -15, 1}, f"{codes}\n{printed}"
+            assert training.saved() or "before the training began" in printed or -15 in codes, printed
+        assert "Traceback" not in printed, printed
+        saved = training.saved()
+        training.complete()
+        check_resumed(training, saved)
+        if saved:
+            # No step is lost, and none is done twice.
+            assert before + results(training.processes[0].output) == lines
+        assert weights(training.output) == expected
+        shutil.rmtree(training.output)
+    return codes
+
+
+def check_resumed(training, saved):
+    """Check that a checkpoint was used if there was one, and that none was found to be damaged."""
+    printed = training.processes[0].output
+    assert "not a good checkpoint" not in printed, printed
+    assert ("Resuming in epoch" if saved else "Started ") in printed, printed
+
+
+REGIONS = ("header", "middle", "tail")
+DAMAGES = ("truncation", "bit flip", "zeroed page", "other bytes")
+
+
+def damaged(contents, region, damage, rng):
+    """Return bytes, damaged in one way somewhere in one of REGIONS."""
+    edge = min(4096, len(contents) // 3)
+    first, last = {
+        "header": (0, edge),
+        "middle": (edge, len(contents) - edge),
+        "tail": (len(contents) - edge, len(contents)),
+    }[region]
+    position = rng.randrange(first, last)
+    if damage == "truncation":
+        return contents[:position]
+    if damage == "bit flip":
+        return (
+            contents[:position]
+            + bytes([contents[position] ^ 1 << rng.randrange(8)])
+            + contents[position + 1 :]
+        )
+    size = min(4096, len(contents) - position)
+    other = bytes(size) if damage == "zeroed page" else rng.randbytes(size)
+    return contents[:position] + other + contents[position + size :]
+
+
+def damage_checkpoint(project, folder, region, damage, rng):
+    """Damage the newest of two checkpoints in `folder`, load, and repair. Returns what became of it."""
+    newest, previous = Path(folder, "checkpoint.pt"), Path(folder, "checkpoint.previous.pt")
+    contents = newest.read_bytes(), previous.read_bytes()
+    good = [fingerprint(torch.load(path, weights_only=True)) for path in (newest, previous)]
+    assert good[0] != good[1]
+    trainer, printed = trainer_of(project.folder), io.StringIO()
+    bad = damaged(contents[0], region, damage, rng)
+    newest.write_bytes(bad)
+    try:
+        with redirect_stdout(printed):
+            trainer.logging.basicConfig(stream=sys.stdout, force=True)
+            loaded = fingerprint(trainer.load_checkpoint(folder))
+    finally:
+        for leftover in folder.glob("checkpoint*"):
+            leftover.unlink()
+        for path, intact in zip((newest, previous), contents, strict=True):
+            path.write_bytes(intact)
+    if loaded == good[0]:
+        return "harmless"  # in the padding between the tensors, or not a change at all
+    assert loaded == good[1], "loaded something that was never saved"
+    assert f"{newest} is not a good checkpoint" in printed.getvalue()
+    return "named, and the previous one used"
+
+
+def damage_data(project, name, damage, rng):
+    """Damage one of the four data files; loading must name it."""
+    path = project.folder / RAW / name
+    intact = path.read_bytes()
+    trainer = trainer_of(project.folder)
+    bad = damaged(intact, rng.choice(REGIONS), damage, rng)
+    path.write_bytes(bad)
+    try:
+        trainer.load_mnist(project.folder / "datasets")
+        assert bad == intact, "damaged data was loaded"
+    except ValueError as error:
+        assert str(path) in str(error)
+    finally:
+        path.write_bytes(intact)
+
+
+def lose_worker(project, fault, rng):
+    """Lose one worker among three hosts: the others must leave, and say whom they have lost."""
+    options = ("--epochs", 200, "--timeout", TIMEOUT, "--log-interval", 1)
+    options += ("--output-dir", f"lost-{rng.getrandbits(32)}")
+    with PyTorchJob(project.folder) as job:
+        processes = job.start("mnist.py", *options)
+        steps = rng.randrange(1, 40)
+        assert processes[0].until(lambda: processes[0].output.count("- Loss: ") >= steps)
+        time.sleep(rng.uniform(0, 0.05))
+        lost = rng.randrange(1, 3)
+        if fault == "kill":
+            processes[lost].kill()
+        elif fault == "link":
+            job.hosts[lost].cut()
+        elif fault == "stop":
+            processes[lost].send_signal(signal.SIGSTOP)
+        limit = time.monotonic() + TIMEOUT + 10
+        for rank, process in enumerate(processes):
+            if rank == lost and fault != "link":
+                continue
+            code, printed = process.end(limit - time.monotonic())
+            assert code == 1, f"exit code {code}:\n{printed}"
+            assert "Traceback" not in printed, printed
+            meeting = f"mnist.py: rank {rank} of 3 (meeting at {job.hosts[0].name}:{PORT})"
+            assert meeting in printed, printed
+
+
+def lose_elastic_worker(project, rng, whole_host=False):
+    """Kill a worker, or its whole host, in an elastic job of three: the job must finish by itself."""
+    options = ("--epochs", 4, "--timeout", TIMEOUT, "--log-interval", 1, "--checkpoint-interval", 2)
+    options += ("--resume", "--output-dir", f"elastic-{rng.getrandbits(32)}")
+    with PyTorchJob(project.folder, workers=3, elastic=(1, 3, 3), processes_per_node="1") as job:
+        agents = job.start("-m", "torch.distributed.run", "mnist.py", *options, **OWN_STORE)
+        wanted = rng.randrange(4, 12)  # by then there is a checkpoint
+
+        def trained():
+            return sum(agent.output.count("- Loss: ") for agent in agents) > wanted
+
+        agents[0].until(trained)
+        lost = rng.randrange(1, 3)  # the first host is the one where they meet
+        if whole_host:
+            job.hosts[lost].kill()
+        else:
+            agents[lost].family()[-1].kill()
+        codes = [agent.end(180)[0] for agent in agents]
+        printed = "".join(agent.output for agent in agents)
+        expected = [-9 if whole_host and rank == lost else 0 for rank in range(3)]
+        assert codes == expected, f"exit codes {codes}:\n{printed}"
+        assert "Resuming in epoch" in printed, printed
+        assert printed.count("Test accuracy") >= 4, printed
+        return printed
+
+
+# --- The campaign -------------------------------------------------------------------------------
+
+
+def plan(project, share, rng):
+    """Yield (what is tried, a function that tries it) for all of the campaign."""
+    worlds = [1, 1, 3]
+    for number in range(int(50 * share)):
+        moment, world_size = MOMENTS[number % 4], worlds[number % 3]
+        yield (
+            f"kill -9 at {moment}, {world_size} process(es), then --resume: same bits",
+            lambda n=number, m=moment, w=world_size: kill_and_resume(project, f"kill-{n}", w, m, rng),
+        )
+    for number in range(int(50 * share)):
+        moment, world_size = MOMENTS[number % 4], worlds[number % 3]
+        yield (
+            f"SIGTERM at {moment}, {world_size} process(es), then --resume: same bits",
+            lambda n=number, m=moment, w=world_size: stop_and_resume(project, f"stop-{n}", w, m, rng),
+        )
+    for number in range(int(200 * share)):
+        region, damage = REGIONS[number % 3], DAMAGES[number % 4]
+        yield (
+            f"checkpoint damaged in its {region}: never loaded silently",
+            lambda r=region, d=damage: damage_checkpoint(project, project.folder / "damage", r, d, rng),
+        )
+    for number in range(int(40 * share)):
+        name, damage = sorted(trainer_of(project.folder).SHA256)[number % 4], DAMAGES[number // 4 % 4]
+        yield "data damaged: named, not trained on", lambda n=name, d=damage: damage_data(project, n, d, rng)
+    if os.geteuid() or not shutil.which("ip"):
+        print("no tests on several hosts: they need root and iproute2", file=sys.stderr)
+        return
+    for number in range(int(10 * share)):
+        fault = ("kill", "link", "stop")[number % 3]
+        what = {"kill": "killed", "link": "cut off", "stop": "frozen"}[fault]
+        yield (
+            f"1 of 3 hosts: worker {what}: the others leave in time",
+            lambda f=fault: lose_worker(project, f, rng),
+        )
+    for number in range(int(10 * share)):
+        whole = number % 2 == 1
+        yield (
+            f"elastic, 3 hosts: {'host' if whole else 'worker'} killed: goes on and finishes",
+            lambda w=whole: lose_elastic_worker(project, rng, w),
+        )
+
+
+def campaign(share, seed):
+    """Try everything; print a table. Returns the number of faults that were not survived."""
+    rng, table, failures = random.Random(seed), {}, 0
+    with tempfile.TemporaryDirectory() as folder:
+        project = Project(make_small_project(Path(folder, "project"), TRAIN, TEST))
+        project.reference(1)
+        shutil.copytree(project.folder / "uninterrupted-1", project.folder / "damage")
+        for what, attempt in plan(project, share, rng):
+            row = table.setdefault(what, [0, 0])
+            row[0] += 1
+            try:
+                attempt()
+                row[1] += 1
+            except (AssertionError, OSError, subprocess.SubprocessError) as error:
+                failures += 1
+                print(f"NOT SURVIVED: {what}\n{error}\n", file=sys.stderr, flush=True)
+            print(f"{sum(row[0] for row in table.values())} {what}: {row[1]} of {row[0]}", file=sys.stderr)
+    print("| fault, and what must hold | tried | held |\n|---|--:|--:|")
+    for what, (tried, held) in table.items():
+        print(f"| {what} | {tried} | {held} |")
+    return failures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tenth of all")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    failures = campaign(0.1 if args.quick else 1, args.seed)
+    sys.exit(f"{failures} faults were not survived" if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

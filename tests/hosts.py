@@ -1,0 +1,202 @@
+"""Hosts to test on: network namespaces with their own address, name and /etc/hosts, on a bridge of their own.
+
+    with PyTorchJob(folder, workers=2) as job:
+        master, worker_0, worker_1 = job.hosts
+        processes = job.start("mnist.py", "--epochs", 1)
+        worker_0.cut()
+
+What starts on one finds the environment variables that the operator of a PyTorchJob gives to its pods.
+Needs root and iproute2; the network of the machine itself stays untouched.
+"""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import psutil
+
+PORT = 23456
+
+
+class Process(subprocess.Popen):
+    """A command that is watched while it runs: what it prints goes to the file `log`."""
+
+    def __init__(self, command, log, **how):
+        self.log = Path(log)
+        with open(self.log, "wb") as file:
+            command = [str(word) for word in command]
+            super().__init__(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **how)
+
+    @property
+    def output(self):
+        return self.log.read_text(errors="replace")
+
+    def until(self, happened, timeout=90, pause=0.005):
+        """Wait until `happened()`, or until a text is printed. Returns False if the process ends before."""
+        wanted = (lambda: happened in self.output) if isinstance(happened, str) else happened
+        limit = time.monotonic() + timeout
+        while not wanted():
+            if self.poll() is not None:
+                return bool(wanted())
+            assert time.monotonic() < limit, f"waited {timeout} s for {happened}; printed:\n{self.output}"
+            time.sleep(pause)
+        return True
+
+    def end(self, timeout=120):
+        """Wait for the end. Returns (exit code, all that was printed)."""
+        try:
+            return self.wait(timeout), self.output
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still runs after {timeout} s; printed:\n{self.output}") from None
+
+    def family(self):
+        """Return this process and those that it started, eldest first."""
+        with suppress(psutil.NoSuchProcess):
+            eldest = psutil.Process(self.pid)
+            return [eldest, *eldest.children(recursive=True)]
+        return []
+
+    def kill_all(self):
+        """Kill the process and all that it started, as a power cut would."""
+        for process in self.family():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.wait()
+
+
+def ip(*words):
+    """Run iproute2's `ip`. Returns what it prints."""
+    command = ["ip", *map(str, words)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+class Host:
+    """A network namespace with its own address and host name; `environment` is what processes on it find."""
+
+    def __init__(self, name, number, bridge):
+        self.name, self.bridge, self.link = name, bridge, f"v{number}"
+        self.address = f"10.77.0.{10 + number}"
+        self.environment = {"PATH": os.environ["PATH"], "HOME": "/root", "HOSTNAME": name}
+        self.etc = Path("/etc/netns", name)  # `ip netns exec` mounts its files over those in /etc
+
+    def __enter__(self):
+        with ExitStack() as undo:
+            ip("netns", "add", self.name)
+            undo.callback(self.remove)
+            ip("-n", self.bridge, "link", "add", self.link, "type", "veth",
+               "peer", "name", "eth0", "netns", self.name)  # fmt: skip
+            ip("-n", self.bridge, "link", "set", self.link, "master", "br0", "up")
+            ip("-n", self.name, "addr", "add", f"{self.address}/24", "dev", "eth0")
+            ip("-n", self.name, "link", "set", "lo", "up")
+            ip("-n", self.name, "link", "set", "eth0", "up")
+            self.etc.mkdir(parents=True)
+            (self.etc / "nsswitch.conf").write_text("hosts: files\n")
+            self.know([self])
+            undo.pop_all()
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+        self.remove()
+
+    def remove(self):
+        """Take the namespace and its files away."""
+        ip("netns", "del", self.name)
+        for path in self.etc.glob("*"):
+            path.unlink()
+        with suppress(FileNotFoundError):
+            self.etc.rmdir()
+        with suppress(OSError):
+            self.etc.parent.rmdir()  # unless another test has hosts
+
+    def know(self, hosts):
+        """Let this host find these hosts by name, and no others."""
+        lines = ["127.0.0.1 localhost", *(f"{host.address} {host.name}" for host in hosts)]
+        (self.etc / "hosts").write_text("\n".join(lines) + "\n")
+
+    def cut(self):
+        """Pull the network cable."""
+        ip("-n", self.bridge, "link", "set", self.link, "down")
+
+    def restore(self):
+        """Plug the network cable in again."""
+        ip("-n", self.bridge, "link", "set", self.link, "up")
+
+    def kill(self):
+        """Kill all that runs on this host, as a power cut would."""
+        for pid in ip("netns", "pids", self.name).split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+    def start(self, folder, *command, **changes):
+        """Start `python command…` in `folder` on this host."""
+        # A pod knows itself by its own name; gloo looks it up to find the network that it should use.
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', self.name]
+        return Process(
+            ["ip", "netns", "exec", self.name, *named, sys.executable, *command],
+            Path(folder, f"{self.name}.{secrets.token_hex(2)}.log"),
+            cwd=folder,
+            env=self.environment | {name: str(value) for name, value in changes.items()},
+        )
+
+
+class PyTorchJob:
+    """The pods of a PyTorchJob: a master and workers, or workers alone if the job is elastic.
+
+    `elastic` is (fewest workers, most workers, restarts). The names are new for each job, so that
+    tests can run beside each other.
+    """
+
+    def __init__(self, folder, workers=2, elastic=None, processes_per_node="auto"):
+        self.folder, self.name = folder, f"mnist-{secrets.token_hex(3)}"
+        names = [f"{self.name}-worker-{number}" for number in range(workers)]
+        if not elastic:
+            names.insert(0, f"{self.name}-master-0")
+        self.bridge = f"{self.name}-bridge"
+        self.hosts = [Host(name, number, self.bridge) for number, name in enumerate(names, 1)]
+        for rank, host in enumerate(self.hosts):
+            host.environment |= {"PYTHONUNBUFFERED": "1", "PET_NPROC_PER_NODE": processes_per_node}
+            if elastic:
+                fewest, most, restarts = elastic
+                host.environment |= {
+                    "PET_RDZV_BACKEND": "c10d",
+                    "PET_RDZV_ENDPOINT": f"{names[0]}:{PORT}",
+                    "PET_NNODES": f"{fewest}:{most}",
+                    "PET_MAX_RESTARTS": str(restarts),
+                }
+            else:
+                host.environment |= {
+                    "MASTER_ADDR": names[0],
+                    "PET_MASTER_ADDR": names[0],
+                    "MASTER_PORT": str(PORT),
+                    "PET_MASTER_PORT": str(PORT),
+                    "WORLD_SIZE": str(len(names)),
+                    "PET_NNODES": str(len(names)),
+                    "RANK": str(rank),
+                    "PET_NODE_RANK": str(rank),
+                }
+
+    def __enter__(self):
+        with ExitStack() as undo:
+            ip("netns", "add", self.bridge)
+            undo.callback(ip, "netns", "del", self.bridge)
+            ip("-n", self.bridge, "link", "add", "br0", "type", "bridge")
+            ip("-n", self.bridge, "link", "set", "br0", "up")
+            for host in self.hosts:
+                undo.enter_context(host)
+            for host in self.hosts:
+                host.know(self.hosts)
+            self.undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        return self.undo.__exit__(*error)
+
+    def start(self, *command, **changes):
+        """Start `python command…` in every pod. Returns the processes."""
+        return [host.start(self.folder, *command, OMP_NUM_THREADS=1, **changes) for host in self.hosts]

@@ -1,0 +1,389 @@
+"""What a training survives on one machine: signals, damaged files, full disks, bad numbers."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import need, run, skip
+from tests.faults import (
+    BATCH,
+    DAMAGES,
+    MOMENTS,
+    OPTIONS,
+    REGIONS,
+    TRAIN,
+    Project,
+    damage_checkpoint,
+    damage_data,
+    fingerprint,
+    kill_and_resume,
+    results,
+    stop_and_resume,
+    trainer_of,
+    weights,
+)
+from tests.hosts import Process
+
+
+@pytest.fixture(scope="session")
+def project(small_template, tmp_path_factory):
+    return Project(shutil.copytree(small_template, tmp_path_factory.mktemp("faults") / "project"))
+
+
+@pytest.fixture
+def output(project):
+    """The output folder of a finished training: two good checkpoints, the end and 120 samples before."""
+    project.reference(1)
+    folder = project.folder / "output"
+    shutil.copytree(project.folder / "uninterrupted-1", folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def trainer(project, monkeypatch):
+    """The trainer, called as a notebook's %run does, and so without waiting for another Python."""
+    monkeypatch.chdir(project.folder)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PET_NNODES"):
+        monkeypatch.delenv(name, raising=False)
+    return trainer_of(project.folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk with room for two checkpoints, but not for the third that is written beside them."""
+    need("mount", "mount")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(command).returncode:
+        skip("the right to mount a disk is missing: be root")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def refusal(trainer, *arguments):
+    """Run the trainer, which must end with code 1. Returns its one sentence."""
+    with pytest.raises(SystemExit) as refused:
+        trainer.main([str(argument) for argument in arguments])
+    message = refused.value.code
+    assert isinstance(message, str), message  # sys.exit(text) prints it and leaves with 1
+    assert message.startswith("mnist.py: ")
+    assert len(message.splitlines()) == 1
+    return message
+
+
+# --- Killed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world_size", "moment"), [*((1, moment) for moment in MOMENTS), (3, "training"), (3, "saving")]
+)
+def test_killed_at_any_instant_and_resumed_ends_with_the_same_bits(project, world_size, moment):
+    kill_and_resume(project, f"kill-{world_size}-{moment}", world_size, moment, random.Random(moment))
+
+
+def test_killed_again_and_again_loses_no_checkpoint(project):
+    expected, lines = project.reference(1)
+    with project.training("again") as training:
+        for steps in (12, 9, 7):
+            training.start("--resume")
+            process = training.processes[0]
+            assert process.until(lambda p=process, n=steps: p.output.count("- Loss: ") > n)
+            training.kill()
+        training.complete()
+        after = results(training.processes[0].output)
+        assert after == lines[len(lines) - len(after) :]
+        assert len(after) < len(lines) - 15
+        assert weights(training.output) == expected
+
+
+# --- Asked to stop ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world_size", "moment", "number"),
+    [
+        (1, "training", signal.SIGTERM),
+        (1, "evaluation", signal.SIGTERM),
+        (1, "saving", signal.SIGTERM),
+        (1, "training", signal.SIGINT),
+        (3, "training", signal.SIGTERM),
+        (3, "evaluation", signal.SIGTERM),
+    ],
+)
+def test_a_signal_is_obeyed_within_20_s_and_no_step_is_lost(project, world_size, moment, number):
+    name = f"stop-{world_size}-{moment}-{number}"
+    codes = stop_and_resume(project, name, world_size, moment, random.Random(1), number)
+    assert set(codes) == {143}
+
+
+def test_a_signal_before_the_training_begins_ends_it_with_a_sentence(project):
+    with project.training("before", world_size=3) as training:
+        training.start()
+        master, *workers = training.processes
+        for worker in workers:
+            worker.kill()
+        assert master.until("Started ")  # and now it waits for workers that never come
+        with pytest.raises(AssertionError, match=r"still runs"):
+            master.end(2)
+        master.send_signal(signal.SIGTERM)
+        code, printed = master.end(20)
+    assert code == 143
+    assert "stopped by a signal before the training began" in printed
+    assert not training.saved()
+
+
+def test_a_signal_is_obeyed_by_the_first_process_of_a_container(project):
+    """The kernel spares process number 1 all signals for which it has not made provisions."""
+    need("unshare", "util-linux")
+    if os.geteuid():
+        skip("root is missing, and without it no process can be number 1")
+    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-u", "mnist.py", *OPTIONS]
+    environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    log, output = project.folder / "first.log", project.folder / "first"
+    with Process([*command, "--output-dir", output], log, cwd=project.folder, env=environment) as unshare:
+        try:
+            assert unshare.until("- Loss: ")
+            unshare.family()[-1].send_signal(signal.SIGTERM)
+            code, _ = unshare.end(20)
+        finally:
+            unshare.kill_all()
+    assert code == 143
+    assert (output / "checkpoint.pt").exists()
+
+
+def test_launchers_pass_a_signal_on_and_take_over_from_each_other(project):
+    expected, lines = project.reference(2)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    with project.training("launched", 2, launcher=((), ("--num-processes", 2))) as training:
+        training.start().processes[0].until(lambda: training.printed.count("- Loss: ") > 10)
+        training.processes[0].send_signal(signal.SIGTERM)
+        assert training.end(20) == [143], training.printed
+        first = results(training.printed)
+        training.launcher = (torchrun, ())
+        training.start("--resume").processes[0].until(lambda: training.printed.count("- Loss: ") > 10)
+        training.processes[0].send_signal(signal.SIGTERM)
+        assert training.end(20) != [0], training.printed
+        assert "after saving a checkpoint" in training.printed
+        second = results(training.printed)
+        training.complete()
+        assert first + second + results(training.printed) == lines
+        assert weights(training.output) == expected
+
+
+def test_a_local_process_that_dies_takes_the_others_along(project):
+    with project.training("dies", 2, launcher=((), ("--num-processes", 2))) as training:
+        training.start().processes[0].until("- Loss: ")
+        family = training.processes[0].family()
+        family[-1].kill()
+        assert training.end(20) == [1], training.printed
+        assert not any(process.is_running() for process in family)
+
+
+# --- Damaged checkpoints ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("region", REGIONS)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(project, output, region, damage):
+    rng = random.Random(region + damage)
+    for _ in range(2):
+        damage_checkpoint(project, output, region, damage, rng)
+
+
+class Trap:
+    """What a pickle runs when it is loaded without care."""
+
+    def __reduce__(self):
+        return os.system, ("touch sprung",)
+
+
+def foreign_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("letter.txt", "not a checkpoint")
+
+
+def old_format(path):
+    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
+
+
+FOREIGN = {
+    "an empty file": lambda path: path.write_bytes(b""),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a zip of another kind": foreign_zip,
+    "a pickle in torch's old format": old_format,
+    "a pickle that runs a program": lambda path: torch.save({"progress": Trap()}, path),
+    "weights alone": lambda path: torch.save(torch.load(path, weights_only=True)["model"], path),
+    "a list": lambda path: torch.save([1, 2, 3], path),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_not_a_checkpoint_is_named_and_the_previous_one_used(trainer, output, kind, capfd):
+    previous = fingerprint(torch.load(output / "checkpoint.previous.pt", weights_only=True))
+    FOREIGN[kind](output / "checkpoint.pt")
+    trainer.logging.basicConfig(stream=sys.stdout, force=True)
+    assert fingerprint(trainer.load_checkpoint(output)) == previous
+    assert f"{output / 'checkpoint.pt'} is not a good checkpoint" in capfd.readouterr().out
+    assert not Path("sprung").exists()
+
+
+def test_with_a_damaged_checkpoint_training_goes_on_to_the_same_bits(project, output):
+    expected, lines = project.reference(1)
+    with open(output / "checkpoint.pt", "r+b") as file:
+        file.truncate(1_000_000)
+    with project.training(output.name) as training:
+        printed = training.complete().printed
+    assert "checkpoint.pt is not a good checkpoint" in printed
+    assert results(printed) == lines[-7:]  # four steps, and the evaluation's three lines
+    assert weights(output) == expected
+
+
+def test_with_no_good_checkpoint_left_nothing_is_started_afresh(trainer, output, capfd):
+    for path in output.glob("checkpoint*.pt"):
+        path.write_bytes(path.read_bytes()[:-1000])
+    for _ in range(2):  # the second time too: an operator starts a failed pod again
+        message = refusal(trainer, *OPTIONS, "--resume", "--output-dir", output)
+        assert f"no good checkpoint is left in {output}" in message
+        printed = capfd.readouterr().out
+        assert printed.count("is not a good checkpoint") == 2
+        assert not results(printed)
+
+
+def test_a_checkpoint_of_another_model_is_one_sentence(trainer, output):
+    for path in output.glob("checkpoint*.pt"):
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["model"]["fc2.bias"] = torch.zeros(11)
+        torch.save(checkpoint, path)
+    refusal(trainer, *OPTIONS, "--resume", "--output-dir", output)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_data_is_named_and_not_trained_on(project, damage):
+    for name in trainer_of(project.folder).SHA256:
+        damage_data(project, name, damage, random.Random(damage + name))
+
+
+# --- Where nothing can be written ---------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(project, small_disk):
+    expected, lines = project.reference(1)
+    with project.training(small_disk / "output") as training:
+        code = training.start().end()
+        printed = training.printed
+        assert code == [1]
+        assert printed.splitlines()[-1].startswith("mnist.py: cannot write ")
+        assert "No space left on device" in printed
+        assert "Traceback" not in printed
+        before = results(printed)
+        names = {path.name for path in training.output.iterdir()} - {".lock", "metrics.jsonl"}
+        assert names == {"checkpoint.pt", "checkpoint.previous.pt"}
+        subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+        printed = training.complete().printed
+        assert "is not a good checkpoint" not in printed
+        after = results(printed)
+        assert len(before) + len(after) == len(lines) + 5  # those between the last save and the end
+        assert weights(training.output) == expected
+
+
+def test_a_read_only_output_folder_is_one_sentence(trainer, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert str(small_disk) in refusal(trainer, *OPTIONS, "--output-dir", small_disk)
+    assert str(small_disk) in refusal(trainer, *OPTIONS, "--output-dir", small_disk / "below")
+
+
+def test_an_output_folder_that_is_a_file_is_one_sentence(trainer, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "file" in refusal(trainer, *OPTIONS, "--output-dir", tmp_path / "file")
+    assert "file" in refusal(trainer, *OPTIONS, "--output-dir", tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_second_run_into_the_same_folder_is_refused(project, trainer):
+    with project.training("shared", options=("--log-interval", 1, "--epochs", 99)) as training:
+        first = training.start().processes[0]
+        assert first.until("- Loss: ")
+        for more in ((), ("--resume",)):
+            message = refusal(trainer, *OPTIONS, *more, "--output-dir", training.output)
+            assert f"another run writes to {training.output}" in message
+        assert first.poll() is None  # the first one goes on
+
+
+# --- Resumed with something else ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "then", "now"),
+    [
+        ("batch_size", 30, 31),
+        ("optimizer", "adadelta", "sgd"),
+        ("lr", 1.0, 0.5),
+        ("gamma", 0.7, 0.8),
+        ("momentum", 0.5, 0.6),
+        ("seed", 1, 2),
+    ],
+)
+def test_other_hyperparameters_are_refused_by_name(trainer, output, name, then, now):
+    before = weights(output)
+    option = "--" + name.replace("_", "-")
+    message = refusal(trainer, *OPTIONS, option, now, "--resume", "--output-dir", output)
+    assert all(str(word) in message for word in (name, then, now))
+    assert weights(output) == before
+
+
+def test_more_epochs_than_before_are_those_of_one_longer_training(project):
+    expected, lines = project.reference(1)
+    with project.training("longer") as training:
+        before = results(training.complete("--epochs", 1).printed)
+        after = results(training.complete().printed)
+        metrics = [json.loads(line) for line in (training.output / "metrics.jsonl").read_text().splitlines()]
+    assert before + after == lines
+    assert weights(training.output) == expected
+    assert [epoch["epoch"] for epoch in metrics] == [1, 2]
+
+
+def test_other_numbers_of_processes_go_on_from_the_same_sample_and_say_so(project):
+    with project.training("other") as training:
+        training.start().processes[0].until(lambda: training.printed.count("- Loss: ") > 6)
+        training.processes[0].send_signal(signal.SIGTERM)
+        assert training.end() == [143]
+        seen = results(training.printed)
+        assert all(line.startswith("Epoch: 1") for line in seen)
+    samples = BATCH * len(seen)
+    with project.training("other", world_size=3) as training:
+        printed = training.complete("--epochs", 1).processes[0].output
+    assert f"Resuming in epoch 1 after {samples} samples" in printed
+    assert "Processes: 1 then, 3 now" in printed
+    steps = [line for line in results(printed) if line.startswith("Epoch: 1")]
+    assert len(steps) == -(-(TRAIN - samples) // (3 * BATCH))
+
+
+# --- Numbers that go wrong ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adadelta", "sgd"])
+def test_a_loss_that_is_no_number_stops_the_run_and_the_good_checkpoint_stays(trainer, output, optimizer):
+    before = weights(output)
+    arguments = ("--optimizer", optimizer, "--lr", "1e30", "--output-dir", output, "--no-cuda")
+    message = refusal(trainer, *arguments)
+    assert "epoch 1, batch " in message
+    assert "the loss is nan" in message or "the loss is inf" in message
+    assert weights(output) == before
+
+
+@pytest.mark.parametrize("lr", ["1e39", "1e300"])
+def test_a_learning_rate_beyond_float32_is_one_sentence(project, lr):
+    code, printed = run(project.folder, "mnist.py", "--lr", lr, "--epochs", 1, "--output-dir", f"lr-{lr}")
+    assert code in (1, 2)
+    assert "Traceback" not in printed

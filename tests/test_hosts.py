@@ -1,0 +1,316 @@
+"""Training on several hosts, each with its own address and name, and what happens when one is lost."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+import torch
+
+from tests.conftest import need, skip
+from tests.faults import (
+    OPTIONS,
+    OWN_STORE,
+    TEST,
+    Project,
+    lose_elastic_worker,
+    lose_worker,
+    results,
+    trainer_of,
+    weights,
+)
+from tests.hosts import Host, PyTorchJob, ip
+
+TORCHRUN = ("-m", "torch.distributed.run")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hosts_can_be_made():
+    need("ip", "iproute2")
+    need("unshare", "util-linux")
+    if os.geteuid():
+        skip("root is missing, and without it no network namespace can be made")
+    try:
+        with PyTorchJob("/", workers=0):
+            pass
+    except subprocess.CalledProcessError as error:
+        skip(f"the right to make network namespaces is missing: {error.stderr}")
+
+
+@pytest.fixture(scope="session")
+def project(small_template, tmp_path_factory):
+    return Project(shutil.copytree(small_template, tmp_path_factory.mktemp("hosts") / "project"))
+
+
+@pytest.fixture
+def output(project):
+    """An output folder of its own for each test."""
+    folder = project.folder / "output"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def end(processes, timeout=120):
+    """Wait for all. Returns (their exit codes, what each printed)."""
+    limit = time.monotonic() + timeout
+    codes, printed = zip(*(p.end(max(0.1, limit - time.monotonic())) for p in processes), strict=True)
+    return list(codes), list(printed)
+
+
+# --- The hosts themselves -----------------------------------------------------------------------
+
+
+def test_hosts_have_names_and_reach_each_other_until_a_cable_is_pulled(tmp_path):
+    knock = "import socket, sys; socket.create_connection((sys.argv[1], 7), timeout=1)"
+    with PyTorchJob(tmp_path) as job:
+        master, worker, _ = job.hosts
+        code, name = worker.start(tmp_path, "-c", "import socket; print(socket.gethostname())").end()
+        assert (code, name) == (0, f"{worker.name}\n")
+
+        def knocked():
+            return worker.start(tmp_path, "-c", knock, master.name).end()[1].strip().splitlines()[-1]
+
+        assert knocked().startswith("ConnectionRefusedError")  # somebody is there, and says no
+        worker.cut()
+        assert re.match("TimeoutError|OSError: .* No route", knocked())
+        worker.restore()
+        assert knocked().startswith("ConnectionRefusedError")
+        worker.know([worker])
+        assert knocked().startswith("socket.gaierror")
+
+
+def test_a_pod_finds_what_the_operator_gives_it_and_nothing_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    show = "import json, os; print(json.dumps(dict(os.environ)))"
+    with PyTorchJob(tmp_path) as job:
+        _, printed = end(job.start("-c", show))
+    found = [json.loads(text) for text in printed]
+    for rank, environment in enumerate(found):
+        master = f"{job.name}-master-0"
+        for name in ("PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"):  # of the shell, and of Python itself
+            environment.pop(name, None)
+        assert environment == {
+            "PATH": os.environ["PATH"],
+            "HOME": "/root",
+            "HOSTNAME": [master, f"{job.name}-worker-0", f"{job.name}-worker-1"][rank],
+            "PYTHONUNBUFFERED": "1",
+            "MASTER_ADDR": master,
+            "MASTER_PORT": "23456",
+            "WORLD_SIZE": "3",
+            "RANK": str(rank),
+            "PET_MASTER_ADDR": master,
+            "PET_MASTER_PORT": "23456",
+            "PET_NODE_RANK": str(rank),
+            "PET_NPROC_PER_NODE": "auto",
+            "PET_NNODES": "3",
+            "OMP_NUM_THREADS": "1",  # from the manifest
+        }
+
+
+def test_nothing_of_a_job_is_left_even_after_a_failure(tmp_path):
+    with pytest.raises(ZeroDivisionError), PyTorchJob(tmp_path) as job:
+        sleeper = job.hosts[1].start(tmp_path, "-c", "import time; time.sleep(600)")
+        assert job.name in ip("netns")
+        1 / 0  # noqa: B018
+    assert sleeper.wait(5) == -9
+    assert job.name not in ip("netns")
+    assert not any(host.etc.exists() for host in job.hosts)
+
+
+def test_a_job_of_which_one_host_cannot_be_made_leaves_nothing(tmp_path):
+    job = PyTorchJob(tmp_path)
+    job.hosts.append(Host(job.hosts[0].name, 9, job.bridge))  # this name is taken
+    with pytest.raises(subprocess.CalledProcessError), job:
+        pass
+    assert job.name not in ip("netns")
+    assert not any(host.etc.exists() for host in job.hosts)
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+
+def without_dropout(folder):
+    """Take the dropout out of a project's model: its noise depends on the number of processes."""
+    path = folder / "mnist.py"
+    text, replaced = re.subn(r"nn\.Dropout\(0\.\d+\)", "nn.Dropout(0)", path.read_text())
+    assert replaced == 2
+    path.write_text(text)
+
+
+def test_three_hosts_train_as_one_process_with_three_times_the_batch(small):
+    without_dropout(small)
+    project = Project(small)
+    options = ("--epochs", 2, "--optimizer", "sgd", "--lr", 0.05, "--no-cuda")
+    with project.training("one", options=(*options, "--batch-size", 90)) as training:
+        training.complete()
+    with PyTorchJob(project.folder) as job:
+        codes, printed = end(
+            job.start("mnist.py", *options, "--batch-size", 30, "--output-dir", "three", "--save-model")
+        )
+    assert codes == [0, 0, 0]
+    assert printed[0].startswith("Started in a pod of a PyTorchJob: rank 0 of 3, device cpu, backend gloo")
+    assert "Using distributed PyTorch with gloo backend" in printed[0]
+    assert printed[1:] == ["", ""]  # figures are printed once
+
+    def history(folder):
+        return [json.loads(line) for line in (project.folder / folder / "metrics.jsonl").open()]
+
+    assert len(history("three")) == 2
+    for one, three in zip(history("one"), history("three"), strict=True):
+        # The last batch of 1,000 has 10 images, 4 + 3 + 3: it counts no more and no less than in one process.
+        assert three["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+        assert three["test_loss"] == pytest.approx(one["test_loss"], rel=1e-4)
+        assert abs(three["accuracy"] - one["accuracy"]) <= 1 / TEST
+
+    # The same weights, evaluated here by one process, give the figures that three hosts gave.
+    trainer = trainer_of(project.folder)
+    model = trainer.Net()
+    model.load_state_dict(torch.load(project.folder / "three" / "mnist_model.pt", weights_only=True))
+    _, (images, labels) = trainer.load_mnist(project.folder / "datasets")
+    loss, correct = trainer.test(model, images, labels, 77, trainer.Job())
+    assert correct / TEST == history("three")[-1]["accuracy"]
+    assert loss == pytest.approx(history("three")[-1]["test_loss"], abs=1e-6)
+    assert f"Test accuracy: {correct}/{TEST}" in printed[0]
+
+
+@pytest.mark.parametrize("elastic", [None, (1, 3, 3)], ids=["static", "elastic"])
+def test_torchrun_without_arguments_trains_on_three_hosts(project, output, elastic):
+    expected, lines = project.reference(3)
+    workers = 3 if elastic else 2
+    with PyTorchJob(project.folder, workers, elastic, processes_per_node="1") as job:
+        codes, printed = end(job.start(*TORCHRUN, "mnist.py", *OPTIONS, "--output-dir", output), 180)
+    assert codes == [0, 0, 0], printed
+    started = [text for text in printed if "Started by torchrun: rank 0 of 3" in text]
+    assert len(started) == 1, printed
+    assert results(started[0]) == lines  # as three processes of one machine do
+    assert weights(output) == expected
+
+
+def test_a_whole_job_killed_and_started_again_ends_with_the_same_bits(project, output):
+    expected, lines = project.reference(3)
+    options = ("mnist.py", *OPTIONS, "--resume", "--output-dir", output)
+    with PyTorchJob(project.folder) as job:
+        for steps in (7, 5):
+            processes = job.start(*options)
+            assert processes[0].until(lambda p=processes, n=steps: p[0].output.count("- Loss: ") > n)
+            for host in job.hosts:
+                host.kill()
+            assert end(processes)[0] == [-9, -9, -9]
+        codes, printed = end(job.start(*options))
+    assert codes == [0, 0, 0]
+    assert "Resuming in epoch" in printed[0]
+    assert results(printed[0]) == lines[-len(results(printed[0])) :]
+    assert weights(output) == expected
+
+
+def test_one_pod_asked_to_stop_stops_the_whole_job_which_then_goes_on(project, output):
+    expected, lines = project.reference(3)
+    options = ("mnist.py", *OPTIONS, "--resume", "--output-dir", output)
+    with PyTorchJob(project.folder) as job:
+        processes = job.start(*options)
+        assert processes[0].until(lambda: processes[0].output.count("- Loss: ") > 6)
+        processes[2].terminate()
+        codes, before = end(processes, 20)
+        assert codes == [143, 143, 143]
+        codes, after = end(job.start(*options))
+    assert codes == [0, 0, 0]
+    assert results(before[0]) + results(after[0]) == lines
+    assert weights(output) == expected
+
+
+# --- Lost peers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["kill", "link", "stop"])
+def test_who_loses_a_worker_leaves_in_time_and_names_the_place_where_they_met(project, fault):
+    lose_worker(project, fault, random.Random(fault))
+
+
+@pytest.mark.parametrize("missing", ["name", "host", "trainer"])
+def test_a_master_that_never_appears_is_named(project, missing):
+    with PyTorchJob(project.folder) as job:
+        master, worker, _ = job.hosts
+        if missing == "name":
+            worker.know([worker])
+        elif missing == "host":
+            master.cut()
+        process = worker.start(project.folder, "mnist.py", "--timeout", 1, OMP_NUM_THREADS=1)
+        time.sleep(5)
+        assert process.poll() is None  # it has patience: masters may come later
+        code, printed = process.end(10 + 10 + 10)  # Python's start, 10 x --timeout, and 10 s more
+    assert code == 1
+    assert f"mnist.py: rank 1 of 3 (meeting at {master.name}:23456)" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_worker_that_never_appears_is_missed(project):
+    with PyTorchJob(project.folder) as job:
+        master, worker, _ = job.hosts
+        processes = [host.start(project.folder, "mnist.py", "--timeout", 1, OMP_NUM_THREADS=1)
+                     for host in (master, worker)]  # fmt: skip
+        codes, printed = end(processes, 10 + 10 + 10)
+    assert codes == [1, 1]
+    for rank, text in enumerate(printed):
+        assert f"mnist.py: rank {rank} of 3 (meeting at {master.name}:23456)" in text
+        assert "Traceback" not in text
+    assert "2/3" in printed[0]  # who has come
+
+
+def test_a_master_whose_name_and_host_come_late_is_waited_for(project, output):
+    options = ("mnist.py", "--epochs", 1, "--timeout", 10, "--output-dir", output)
+    with PyTorchJob(project.folder) as job:
+        master, *workers = job.hosts
+        for worker in workers:
+            worker.know([worker])
+        processes = [worker.start(project.folder, *options, OMP_NUM_THREADS=1) for worker in workers]
+        time.sleep(12)
+        assert all(process.poll() is None for process in processes)
+        for worker in workers:
+            worker.know(job.hosts)
+        processes.insert(0, master.start(project.folder, *options, OMP_NUM_THREADS=1))
+        codes, printed = end(processes)
+    assert codes == [0, 0, 0], printed
+    assert f"/{TEST} (" in printed[0]
+
+
+def test_a_link_that_comes_back_within_the_time_limit_does_no_harm(project, output):
+    expected, lines = project.reference(3)
+    with PyTorchJob(project.folder) as job:
+        processes = job.start("mnist.py", *OPTIONS, "--timeout", 60, "--output-dir", output)
+        assert processes[0].until(lambda: processes[0].output.count("- Loss: ") > 3)
+        job.hosts[1].cut()
+        time.sleep(3)
+        job.hosts[1].restore()
+        codes, printed = end(processes)
+    assert codes == [0, 0, 0]
+    assert results(printed[0]) == lines
+    assert weights(output) == expected
+
+
+@pytest.mark.parametrize("whole_host", [False, True], ids=["worker", "host"])
+def test_an_elastic_job_goes_on_by_itself_without_whom_it_lost(project, whole_host):
+    printed = lose_elastic_worker(project, random.Random(1), whole_host)
+    worlds = re.findall(r"Started by torchrun: rank 0 of (\d)", printed)
+    assert worlds[0] == "3"
+    assert worlds[-1] == ("2" if whole_host else "3")  # the agent of a worker starts it again
+
+
+def test_an_elastic_job_grows_when_a_host_comes_back(project, output):
+    changes = {"OMP_NUM_THREADS": 1, **OWN_STORE}
+    options = (*TORCHRUN, "mnist.py", "--epochs", 30, "--timeout", 10, "--resume", "--output-dir", output)
+    with PyTorchJob(project.folder, 3, (1, 3, 3), processes_per_node="1") as job:
+        first = [host.start(project.folder, *options, **changes) for host in job.hosts[:2]]
+
+        def started(world_size):
+            return lambda: any(f"rank 0 of {world_size}" in process.output for process in first)
+
+        assert first[0].until(started(2), 120)
+        late = job.hosts[2].start(project.folder, *options, **changes)
+        assert first[0].until(started(3), 120)
+        codes, printed = end([*first, late], 240)
+    assert codes == [0, 0, 0], printed
+    assert any("Processes: 2 then, 3 now" in text for text in printed)
