@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: notebook test lab lint notebook-refresh requirements system-packages
+.PHONY: notebook test lab lint notebook-refresh faults requirements system-packages
 
 notebook: .venv/notebook
 	$(BIN)/papermill notebooks/mnist.ipynb out.ipynb -p epochs 1 --log-output --no-progress-bar
@@ -31,6 +31,13 @@ lint: .venv/tests
 	$(BIN)/uv pip install --python $(BIN)/python -r requirements-dev.in -c requirements-dev.txt -c requirements.txt
 	touch $@
 
+notebook-refresh: .venv/notebook
+	$(BIN)/python notebooks/refresh.py
+
+# Kills, signals and damage at random, for longer than CI has time.
+faults: .venv/tests
+	$(BIN)/python -m tests.faults
+
 requirements: .venv/uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements.in -o requirements.txt
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements-dev.in -c requirements.txt -o requirements-dev.txt
@@ -38,4 +45,4 @@ requirements: .venv/uv
 # For the tests that pip alone cannot provide for. Debian and Ubuntu; needs root.
 system-packages:
 	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends iproute2
+	apt-get install -y -qq --no-install-recommends docker.io iproute2 iptables kubernetes-client runc xvfb

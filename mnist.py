@@ -357,8 +357,8 @@ def claimed(folder):
 
 
 def first_line(error):
-    """Return what an exception says, without the C++ stack that torch appends."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first sentence of what an exception says: torch appends advice and C++ stacks."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
 # --- The processes ------------------------------------------------------------------------------
