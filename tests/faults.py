@@ -335,7 +335,7 @@ def damage_data(project, name, damage, rng):
 def lose_worker(project, fault, rng):
     """Lose one worker among three hosts: the others must leave, and say whom they have lost."""
     options = ("--epochs", 200, "--timeout", TIMEOUT, "--log-interval", 1)
-    options += ("--output-dir", f"lost-{rng.getrandbits(32)}")
+    options += ("--output-dir", tempfile.mkdtemp(dir=project.folder))
     with PyTorchJob(project.folder) as job:
         processes = job.start("mnist.py", *options)
         steps = rng.randrange(1, 40)
@@ -362,7 +362,7 @@ def lose_worker(project, fault, rng):
 def lose_elastic_worker(project, rng, whole_host=False):
     """Kill a worker, or its whole host, in an elastic job of three: the job must finish by itself."""
     options = ("--epochs", 4, "--timeout", TIMEOUT, "--log-interval", 1, "--checkpoint-interval", 2)
-    options += ("--resume", "--output-dir", f"elastic-{rng.getrandbits(32)}")
+    options += ("--resume", "--output-dir", tempfile.mkdtemp(dir=project.folder))
     with PyTorchJob(project.folder, workers=3, elastic=(1, 3, 3), processes_per_node="1") as job:
         agents = job.start("-m", "torch.distributed.run", "mnist.py", *options, **OWN_STORE)
         wanted = rng.randrange(4, 12)  # by then there is a checkpoint
