@@ -15,10 +15,10 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -359,7 +359,7 @@ def lose_worker(project, fault, rng):
             assert meeting in printed, printed
 
 
-def lose_elastic_worker(project, rng, whole_host=False):
+def lose_elastic_worker(project, whole_host, rng):
     """Kill a worker, or its whole host, in an elastic job of three: the job must finish by itself."""
     options = ("--epochs", 4, "--timeout", TIMEOUT, "--log-interval", 1, "--checkpoint-interval", 2)
     options += ("--resume", "--output-dir", tempfile.mkdtemp(dir=project.folder))
@@ -388,69 +388,65 @@ def lose_elastic_worker(project, rng, whole_host=False):
 # --- The campaign -------------------------------------------------------------------------------
 
 
-def plan(project, share, rng):
-    """Yield (what is tried, a function that tries it) for all of the campaign."""
-    worlds = [1, 1, 3]
+def plan(project, share):
+    """Return a list of (what is tried and must hold, function, arguments) for `share` of the campaign."""
+    tries = []
     for number in range(int(50 * share)):
-        moment, world_size = MOMENTS[number % 4], worlds[number % 3]
-        yield (
-            f"kill -9 at {moment}, {world_size} process(es), then --resume: same bits",
-            lambda n=number, m=moment, w=world_size: kill_and_resume(project, f"kill-{n}", w, m, rng),
-        )
-    for number in range(int(50 * share)):
-        moment, world_size = MOMENTS[number % 4], worlds[number % 3]
-        yield (
-            f"SIGTERM at {moment}, {world_size} process(es), then --resume: same bits",
-            lambda n=number, m=moment, w=world_size: stop_and_resume(project, f"stop-{n}", w, m, rng),
-        )
+        moment, world_size = MOMENTS[number % 4], (1, 1, 3)[number % 3]
+        what = f"kill -9 in {moment}, of 1 process or 3: resumed, ends with the same bits"
+        tries.append((what, kill_and_resume, f"kill-{number}", world_size, moment))
+        what = f"SIGTERM in {moment}, to 1 process or 3: leaves within 20 s; resumed, ends with the same bits"
+        tries.append((what, stop_and_resume, f"stop-{number}", world_size, moment))
     for number in range(int(200 * share)):
         region, damage = REGIONS[number % 3], DAMAGES[number % 4]
-        yield (
-            f"checkpoint damaged in its {region}: never loaded silently",
-            lambda r=region, d=damage: damage_checkpoint(project, project.folder / "damage", r, d, rng),
-        )
+        what = f"checkpoint damaged in its {region}: named, and the one before it used"
+        tries.append((what, damage_checkpoint, project.folder / "uninterrupted-1", region, damage))
     for number in range(int(40 * share)):
-        name, damage = sorted(trainer_of(project.folder).SHA256)[number % 4], DAMAGES[number // 4 % 4]
-        yield "data damaged: named, not trained on", lambda n=name, d=damage: damage_data(project, n, d, rng)
+        name = sorted(trainer_of(project.folder).SHA256)[number % 4]
+        what = "data damaged: named, and not trained on"
+        tries.append((what, damage_data, name, DAMAGES[number // 4 % 4]))
     if os.geteuid() or not shutil.which("ip"):
-        print("no tests on several hosts: they need root and iproute2", file=sys.stderr)
-        return
-    for number in range(int(10 * share)):
-        fault = ("kill", "link", "stop")[number % 3]
-        what = {"kill": "killed", "link": "cut off", "stop": "frozen"}[fault]
-        yield (
-            f"1 of 3 hosts: worker {what}: the others leave in time",
-            lambda f=fault: lose_worker(project, f, rng),
-        )
-    for number in range(int(10 * share)):
-        whole = number % 2 == 1
-        yield (
-            f"elastic, 3 hosts: {'host' if whole else 'worker'} killed: goes on and finishes",
-            lambda w=whole: lose_elastic_worker(project, rng, w),
-        )
+        print("No faults of several hosts: they need root and iproute2", file=sys.stderr)
+        return tries
+    for _ in range(int(10 * share)):
+        for fault, what in (("kill", "killed"), ("link", "cut off"), ("stop", "frozen")):
+            what = f"a worker of three hosts {what}: the others leave within --timeout + 10 s"
+            tries.append((what, lose_worker, fault))
+        for whole_host, what in ((False, "worker"), (True, "host")):
+            what = f"a {what} of an elastic job killed: goes on by itself and finishes"
+            tries.append((what, lose_elastic_worker, whole_host))
+    return tries
 
 
 def campaign(share, seed):
     """Try everything; print a table. Returns the number of faults that were not survived."""
-    rng, table, failures = random.Random(seed), {}, 0
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         project = Project(make_small_project(Path(folder, "project"), TRAIN, TEST))
-        project.reference(1)
-        shutil.copytree(project.folder / "uninterrupted-1", project.folder / "damage")
-        for what, attempt in plan(project, share, rng):
-            row = table.setdefault(what, [0, 0])
-            row[0] += 1
+        for world_size in (1, 3):
+            project.reference(world_size)
+
+        def survived(number, what, function, *arguments):
+            begin = time.monotonic()
             try:
-                attempt()
-                row[1] += 1
-            except (AssertionError, OSError, subprocess.SubprocessError) as error:
-                failures += 1
-                print(f"NOT SURVIVED: {what}\n{error}\n", file=sys.stderr, flush=True)
-            print(f"{sum(row[0] for row in table.values())} {what}: {row[1]} of {row[0]}", file=sys.stderr)
+                function(project, *arguments, random.Random(f"{seed} {number}"))
+                return what, True
+            except Exception as error:  # a failed attempt must not end a night's campaign
+                print(f"NOT SURVIVED: {what} {arguments}\n{error!r}\n{error}\n", file=sys.stderr)
+                return what, False
+            finally:
+                print(f"{number}: {time.monotonic() - begin:.0f} s, {what}", file=sys.stderr, flush=True)
+
+        tries = [(number, *attempt) for number, attempt in enumerate(plan(project, share))]
+        # What is tried in this process changes files that the others read: it cannot run beside them.
+        here = [attempt for attempt in tries if attempt[2] in (damage_checkpoint, damage_data)]
+        others = [attempt for attempt in tries if attempt not in here]
+        outcomes = [survived(*attempt) for attempt in here]
+        outcomes += pool.map(lambda attempt: survived(*attempt), others)
     print("| fault, and what must hold | tried | held |\n|---|--:|--:|")
-    for what, (tried, held) in table.items():
-        print(f"| {what} | {tried} | {held} |")
-    return failures
+    for what in dict.fromkeys(attempt[1] for attempt in tries):
+        held = [good for name, good in outcomes if name == what]
+        print(f"| {what} | {len(held)} | {sum(held)} |")
+    return sum(not good for _, good in outcomes)
 
 
 def main():

@@ -293,7 +293,7 @@ def test_a_link_that_comes_back_within_the_time_limit_does_no_harm(project, outp
 
 @pytest.mark.parametrize("whole_host", [False, True], ids=["worker", "host"])
 def test_an_elastic_job_goes_on_by_itself_without_whom_it_lost(project, whole_host):
-    printed = lose_elastic_worker(project, random.Random(1), whole_host)
+    printed = lose_elastic_worker(project, whole_host, random.Random(1))
     worlds = re.findall(r"Started by torchrun: rank 0 of (\d)", printed)
     assert worlds[0] == "3"
     assert worlds[-1] == ("2" if whole_host else "3")  # the agent of a worker starts it again
