@@ -17,6 +17,9 @@ notebook.metadata = {
     "language_info": {"name": "python"},  # without the version, which differs from one machine to the next
 }
 for cell in notebook.cells:
+    for output in cell.get("outputs", []):
+        if output.output_type == "stream":
+            output.text = output.text.replace("\r\n", "\n")  # `!` runs commands in a terminal
     tags = cell.metadata.get("tags")
     cell.metadata = {"tags": tags} if tags else {}
 nbformat.write(notebook, NOTEBOOK)
