@@ -6,8 +6,8 @@
     python mnist.py                                     in a pod of a PyTorchJob, whose operator
                                                         sets MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE
 
-Exit codes: 0 done; 1 failed, and one line says why; 2 bad usage; 143 stopped by SIGTERM or Ctrl-C
-after saving a checkpoint, from which --resume goes on.
+Exit codes: 0 done; 1 failed (one line says why); 2 wrong usage; 143 stopped by SIGTERM or Ctrl-C.
+Once training has begun, a checkpoint is saved first, and --resume goes on from it.
 """
 
 import argparse
@@ -40,12 +40,13 @@ from torch.distributed.launcher import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import StepLR
 from torchvision import datasets
+from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import download_and_extract_archive
 
 # Mean and standard deviation of all training pixels, on a scale from 0 (paper) to 1 (ink).
 MEAN, STD = 0.1307, 0.3081
 
-# SHA-256 of the unpacked files: damaged data would train without a word, only worse.
+# SHA-256 of the unpacked files. Training on damaged data raises no error, it only learns worse.
 SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -53,7 +54,7 @@ SHA256 = {
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 
-# What a checkpoint says of where the training stood, and what must be as it was to go on from there.
+# How far the training has come, and the flags that must not change when it is resumed.
 PROGRESS = ("epoch", "samples_seen", "loss_sum", "seconds", "history")
 HYPERPARAMETERS = ("batch_size", "optimizer", "lr", "gamma", "momentum", "seed")
 
@@ -79,12 +80,12 @@ class Net(nn.Module):
 
     def forward(self, images):
         """Return log-probabilities, float32 [N, 10], of `images`, uint8 [N, 28, 28]."""
-        # Channels last is the layout in which the convolutions are fastest.
+        # Channels last: a layout in which convolutions are faster on most devices.
         x = images.reshape(-1, 28, 28, 1).permute(0, 3, 1, 2)
         # Normalising is part of the model, so nobody who uses the trained one can forget it.
         x = (x / 255 - MEAN) / STD
         x = F.relu(self.conv1(x))  # [N, 32, 26, 26]
-        # ReLU keeps the largest value the largest, so pool first: that leaves it a quarter to do.
+        # ReLU and max-pooling may change places; after pooling only a quarter of the values is left.
         x = F.relu(F.max_pool2d(self.conv2(x), 2))  # [N, 64, 12, 12]
         x = self.dropout1(x).flatten(1)  # [N, 9216]
         x = self.dropout2(F.relu(self.fc1(x)))  # [N, 128]
@@ -122,18 +123,22 @@ def load_mnist(folder, device="cpu"):
     images uint8 [60000 or 10000, 28, 28], labels int64 [60000 or 10000].
     Raises ValueError with the name of a file that is not what it should be.
     """
+    raw = Path(folder, "MNIST", "raw")
     for name, expected in SHA256.items():
-        path = Path(folder, "MNIST", "raw", name)
-        if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-            raise ValueError(f"{path} is damaged: delete it to have it unpacked again from {name}.gz")
-    both = (datasets.MNIST(folder, train=train) for train in (True, False))
-    return tuple((mnist.data.to(device), mnist.targets.to(device)) for mnist in both)
+        if hashlib.sha256((raw / name).read_bytes()).hexdigest() != expected:
+            raise ValueError(f"{raw / name} is damaged: delete it to have it unpacked again from {name}.gz")
+    images, labels, test_images, test_labels = (str(raw / name) for name in SHA256)
+    return (
+        (read_image_file(images).to(device), read_label_file(labels).to(device)),
+        (read_image_file(test_images).to(device), read_label_file(test_labels).to(device)),
+    )
 
 
 def epoch_order(samples, seed, epoch):
     """Return the order in which an epoch takes the samples, int64 [samples]; all processes agree.
 
-    It follows from the seed and the epoch alone: the hash of whole numbers is the same in every run.
+    It follows from the seed and the epoch alone: hash() of whole numbers, unlike that of
+    strings, is the same in every run.
     """
     return torch.randperm(samples, generator=torch.Generator().manual_seed(hash((seed, epoch))))
 
@@ -180,21 +185,23 @@ class Trainer:
             torch.manual_seed(hash((args.seed, self.epoch, start, rank)))
             self.optimizer.zero_grad()
             loss = F.nll_loss(model(images[share]), labels[share], reduction="sum")
-            # The gradients are averaged over the processes. To divide by the length of the whole
-            # batch makes that its exact mean, even where the last shares differ in length.
+            # Gradients are averaged over the processes. Scaled like this, the average is the gradient
+            # of the mean loss of the whole batch, even where the shares differ in length.
             (loss * world_size / len(batch)).backward()
             self.optimizer.step()
 
-            self.loss_sum += loss.detach()  # not read yet: that would be to wait for the GPU
+            self.loss_sum += loss.detach()  # stays on the GPU: to read it at every step is to wait for it
             self.samples_seen += len(batch)
             self.seconds = time.perf_counter() - clock
             step, steps = start // batch_size, math.ceil(len(order) / batch_size)
             if step % args.log_interval == 0:
-                value = self.finite(loss.item() / len(share))
+                value = self.finite(loss.item() / max(1, len(share)))
                 logging.info(f"Epoch: {self.epoch} ({step / steps:6.1%}) - Loss: {value}")
             if args.checkpoint_interval and (step + 1) % args.checkpoint_interval == 0:
                 self.save()
-        return self.total_loss() / len(order)
+        total = self.total_loss()  # reads the losses, so that all steps are done when the clock stops
+        self.seconds = time.perf_counter() - clock
+        return total / len(order)
 
     def total_loss(self):
         """Return the sum of this epoch's losses so far, of all processes."""
@@ -226,7 +233,7 @@ class Trainer:
         self.save()
 
     def save(self):
-        """Write checkpoint.pt, keeping the one before it, and metrics.jsonl: rank 0 does so for all."""
+        """Write metrics.jsonl, and checkpoint.pt, keeping the one before it. All call it, rank 0 writes."""
         loss_sum = self.total_loss()
         if self.job.rank > 0 or self.args.dry_run:
             return
@@ -235,9 +242,9 @@ class Trainer:
         checkpoint["hyperparameters"] = {name: getattr(self.args, name) for name in HYPERPARAMETERS}
         checkpoint["world_size"] = self.job.world_size
         folder = Path(self.args.output_dir)
-        write(folder / "checkpoint.pt", serialize(checkpoint), keep=folder / "checkpoint.previous.pt")
         lines = "".join(json.dumps(metrics) + "\n" for metrics in self.history)
         write(folder / "metrics.jsonl", lines.encode())
+        write(folder / "checkpoint.pt", serialize(checkpoint), keep=folder / "checkpoint.previous.pt")
 
     def resume(self):
         """Go on from the newest good checkpoint, if there is one: rank 0 reads it for all.
@@ -250,7 +257,8 @@ class Trainer:
             dist.broadcast_object_list(received)
         (checkpoint,) = received
         if checkpoint is None:
-            return logging.info(f"No checkpoint in {folder} yet: starting afresh")
+            logging.info(f"No checkpoint in {folder} yet: starting afresh")
+            return
         for name, then in checkpoint["hyperparameters"].items():
             if then != (now := getattr(self.args, name)):
                 raise ValueError(f"the checkpoint in {folder} has {name} {then}, but this run has {now}")
@@ -260,10 +268,10 @@ class Trainer:
         if self.job.rank > 0:
             self.loss_sum = 0.0  # rank 0 has that of all
         logging.info(f"Resuming in epoch {self.epoch} after {self.samples_seen} samples")
-        if (then := checkpoint["world_size"]) != self.job.world_size:
+        then, now = checkpoint["world_size"], self.job.world_size
+        if then != now:
             logging.info(
-                f"Processes: {then} then, {self.job.world_size} now. The samples go on in the same "
-                "order, but the weights will differ in their last digits"
+                f"{then} process(es) before, {now} now: same samples, but the last digits will differ"
             )
 
 
@@ -296,9 +304,9 @@ def serialize(state):
 
 
 def write(path, contents, keep=None):
-    """Put bytes into the file `path`, never seen half-written; the one that was there moves to `keep`.
+    """Write bytes to `path` such that nobody sees a half-written file; the old one moves to `keep`.
 
-    Raises OSError, and then the one that was there still is.
+    Raises OSError, and then the old one is still there, or at `keep`.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -329,12 +337,12 @@ def load_checkpoint(folder):
             if damaged := zipfile.ZipFile(path).testzip():
                 raise ValueError(f"wrong check sum of {damaged}")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            if checkpoint["progress"].keys() != set(PROGRESS):
+            if checkpoint.get("progress", {}).keys() != set(PROGRESS):
                 raise ValueError("it is another program's")
         except Exception as error:
             logging.warning(f"{path} is not a good checkpoint ({first_line(error)}): passed over")
             continue
-        if path != found[0]:  # or else it would soon take the place of the good one
+        if path != found[0]:  # or the next save would move it over the good one
             os.replace(found[0], found[0].with_suffix(".damaged"))
         return checkpoint
     if found:
@@ -342,18 +350,15 @@ def load_checkpoint(folder):
     return None
 
 
-@contextmanager
 def claimed(folder):
-    """Make the output folder and keep other runs out of it. Raises OSError if that cannot be done."""
+    """Make the output folder; while the returned context lasts, other runs are kept out of it."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(Path(folder, ".lock"), timeout=0).acquire()
+        return FileLock(Path(folder, ".lock"), timeout=0).acquire()
     except Timeout as error:
         raise OSError(f"another run writes to {folder}: choose another --output-dir") from error
     except OSError as error:
         raise OSError(f"cannot write to {folder}: {error.strerror}") from error
-    with lock:
-        yield
 
 
 def first_line(error):
@@ -415,6 +420,8 @@ class Job:
                 signal.signal(name, self.ask_to_stop)
             yield
         except RuntimeError as error:
+            if self.world_size == 1:
+                raise
             raise ConnectionError(f"{where} failed, or lost another: {first_line(error)}") from error
         finally:
             for name, handler in handlers.items():
@@ -424,25 +431,25 @@ class Job:
 
     def meet(self, backend, limit):
         store, rank, size = next(dist.rendezvous("env://", timeout=10 * limit))
+        store.set_timeout(limit)
         dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
 
     def leave(self, *_):
         print("mnist.py: stopped by a signal before the training began", flush=True)
         os._exit(143)
 
-    def distribute(self, model):
+    def distribute(self, model, images):
         """Return the model such that its gradients are averaged over all processes."""
         if self.world_size == 1:
             return model
         shared = DistributedDataParallel(model)
-        # The first backward pass settles the order in which gradients are added up. Let it be one
-        # that does not count, or a resumed run would add in another order than the one it resumes.
-        blank = torch.zeros(1, 28, 28, dtype=torch.uint8, device=model.fc1.weight.device)
-        shared(blank).sum().backward()
+        # The first backward pass settles the order in which gradients are added up. Its gradients are
+        # thrown away, or a resumed run would add in another order than the one that it resumes.
+        shared(images).sum().backward()
         return shared
 
     def sum(self, *numbers):
-        """Add up each number over all processes. All get the sums, once all have called."""
+        """Add up each number over all processes. All must call this, and all get the sums."""
         if self.world_size == 1:
             return numbers
         totals = torch.tensor(numbers, dtype=torch.float64)
@@ -468,8 +475,8 @@ def launch(processes, argv):
         elastic_launch(config, sys.executable)("-u", __file__, *argv)
     except SignalException:
         return 143
-    except ChildFailedError:
-        return 1
+    except ChildFailedError as error:
+        return max(1, error.get_first_failure()[1].exitcode)
     finally:
         logging.disable(logging.NOTSET)
     return 0
@@ -517,8 +524,10 @@ def parse_arguments(argv):
     add("--test-batch-size", metavar="N", type=count, default=1000, help="in evaluation (default: 1000)")
     add("--optimizer", choices=("adadelta", "sgd"), default="adadelta", help="default: adadelta")
     add("--lr", metavar="LR", type=rate, help="learning rate (default: 1.0 for adadelta, 0.01 for sgd)")
-    add("--gamma", metavar="M", type=factor, default=0.7, help="its factor per epoch (default: 0.7)")
-    add("--momentum", metavar="M", type=fraction, default=0.5, help="of sgd (default: 0.5)")
+    add(
+        "--gamma", metavar="M", type=factor, default=0.7, help="multiplies it after each epoch (default: 0.7)"
+    )
+    add("--momentum", metavar="M", type=fraction, default=0.5, help="momentum of sgd (default: 0.5)")
     add("--seed", metavar="S", type=integer, default=1, help="of all random numbers (default: 1)")
     add("--log-interval", metavar="N", type=count, default=10, help="batches per log line (default: 10)")
     add("--no-cuda", "--no-accel", action="store_true", help="use the CPU even where there is a GPU")
@@ -528,7 +537,13 @@ def parse_arguments(argv):
     add("--output-dir", metavar="DIR", default="output", help="where results go (default: output)")
     add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     add("--checkpoint-interval", metavar="N", type=from_zero, default=0, help="also save every N steps")
-    add("--timeout", metavar="S", type=seconds, default=60, help="wait for a lost process (default: 60)")
+    add(
+        "--timeout",
+        metavar="S",
+        type=seconds,
+        default=60,
+        help="seconds to wait for a lost process (default: 60)",
+    )
     add("--save-model", action="store_true", help="write mnist_model.pt, a state_dict")
     add("--dry-run", action="store_true", help="one batch of training, one of evaluation, no files")
     args = parser.parse_args(argv)
@@ -540,6 +555,9 @@ def parse_arguments(argv):
 def run(args, job):
     """Train and evaluate for all epochs, as one of the processes of `job`."""
     device = choose_device(job.local_rank, not args.no_cuda)
+    if device.type == "cuda":  # or a resumed run would differ in its last digits
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     backend = args.backend or ("nccl" if device.type == "cuda" else "gloo")
     logging.info(
         f"Started {job.started}: rank {job.rank} of {job.world_size}, device {device}, "
@@ -555,7 +573,7 @@ def run(args, job):
             logging.info(f"Using distributed PyTorch with {backend} backend")
         if job.local_rank == 0:
             unpack_mnist(args.data_dir)
-        job.sum(0)  # wait until all is unpacked
+        job.sum(0)  # a barrier: now all is unpacked
         training_set, test_set = load_mnist(args.data_dir, device)
         batch_size = args.batch_size * job.world_size
         if batch_size > (images := len(training_set[0])):
@@ -568,12 +586,12 @@ def run(args, job):
         trainer = Trainer(args, job, device)
         if args.resume:
             trainer.resume()
-        model = job.distribute(trainer.model)
+        model = job.distribute(trainer.model, training_set[0][:1])
         try:
             while trainer.epoch <= args.epochs:
                 train_loss = trainer.train(model, *training_set)
                 loss, correct = test(trainer.model, *test_set, args.test_batch_size, job)
-                accuracy = correct / len(test_set[0])
+                loss, accuracy = trainer.finite(loss), correct / len(test_set[0])
                 logging.info(f"Test accuracy: {correct}/{len(test_set[0])} ({accuracy:6.1%})")
                 # Katib, which tunes hyper-parameters, looks for lines of this form.
                 logging.info(f"loss={loss:.4f}")
@@ -581,27 +599,29 @@ def run(args, job):
                 trainer.finish_epoch(train_loss, loss, accuracy)
         except Stopped:
             trainer.save()
-            logging.info("Stopped by a signal, after saving a checkpoint: --resume goes on from it")
+            logging.info("Stopped by a signal. A checkpoint is saved: --resume goes on from it")
             sys.exit(143)
         if args.save_model and writes:
             write(Path(args.output_dir, "mnist_model.pt"), serialize(trainer.model.state_dict()))
-        job.sum(0)  # rank 0 must not leave before the others have finished
+        job.sum(0)  # a barrier: rank 0 must not leave before the others have finished
 
 
 def main(argv=None):
     """Do what the command line `argv` says (default: the one this program was started with)."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
-    # To standard output, for notebooks paint standard error pink; force, for %run may be repeated.
+    # Standard output, because notebooks paint standard error pink; force, because %run is repeated.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    if args.num_processes > 1 and "LOCAL_RANK" not in os.environ:
-        sys.exit(launch(args.num_processes, argv))
     try:
         job = Job.from_environment()
+        if args.num_processes > 1 and job.started == "alone":
+            sys.exit(launch(args.num_processes, argv))
+        if args.num_processes > 1 and job.started != "by torchrun":
+            raise ValueError("--num-processes is for one machine: in a pod, start `torchrun mnist.py`")
         if job.rank > 0:
             logging.disable(logging.INFO)
         run(args, job)
-    except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
+    except (ArithmeticError, OSError, ValueError, torch.OutOfMemoryError) as error:
         sys.exit(f"mnist.py: {error}")
 
 
