@@ -1,0 +1,130 @@
+"""A container engine for the tests: the one that runs here, or else one of our own while they last."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, skip
+
+BASE_IMAGE = "python:3.11-slim"  # the Dockerfile's default
+DISK_SPACE = 20e9  # bytes: both images, what is built on the way, and some air
+PERSON = 1234  # who uses an engine of our own, for people seldom are root
+
+
+class Engine:
+    """The command line of docker or podman, and who uses it: options for subprocess."""
+
+    def __init__(self, program, person=None, **environment):
+        self.program = program
+        self.person = person or {}
+        self.environment = os.environ | {"DOCKER_BUILDKIT": "1"} | environment
+
+    def works(self):
+        """Return whether there is such an engine, and it answers."""
+        return shutil.which(self.program) is not None and self("info")[0] == 0
+
+    def start(self, *arguments, **options):
+        """Start the engine's program; standard output and error come as one text stream."""
+        return subprocess.Popen(
+            [self.program, *map(str, arguments)],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **options,
+        )
+
+    def __call__(self, *arguments, timeout=300, **options):
+        """Run the engine's program. Returns (exit code, all that it printed)."""
+        with self.start(*arguments, **options) as process:
+            try:
+                output, _ = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                output, _ = process.communicate()
+                pytest.fail(f"{arguments} still ran after {timeout} s; it printed:\n{output}")
+        return process.returncode, output
+
+    def must(self, *arguments, **options):
+        """Run the engine's program and return what it printed; the test fails if the program does."""
+        code, output = self(*arguments, **options)
+        assert code == 0, output
+        return output
+
+    def build(self, tag, *arguments, context=ROOT):
+        """Build an image, on this machine's own network, and return what was printed."""
+        return self.must("build", "--network=host", "--tag", tag, *arguments, context, timeout=900)
+
+
+@contextmanager
+def running_engine():
+    """Yield an engine that has the Dockerfile's base image; skip where neither can be had.
+
+    The engine is the docker that runs here, one of our own, or podman. MNIST_BASE_IMAGE_TAR names a
+    file system to use as base image where no registry can be reached.
+    """
+    with ExitStack() as stack:
+        if Engine("docker").works():
+            engine = Engine("docker")
+        elif shutil.which("dockerd") and os.geteuid() == 0:
+            engine = stack.enter_context(own_docker())
+        elif Engine("podman").works():
+            engine = Engine("podman")
+        else:
+            skip("no container engine runs here: install docker.io, and be root, or podman")
+        get_base_image(engine)
+        yield engine
+
+
+@contextmanager
+def own_docker():
+    """Start a Docker engine that keeps to a folder of its own and leaves this machine's firewall alone."""
+    folder = Path(tempfile.mkdtemp(prefix="engine.", dir="/var/tmp"))  # not /tmp: that may be in memory
+    folder.chmod(0o711)
+    socket = f"unix://{folder}/socket"
+    command = ["dockerd", "--host", socket, "--group", str(PERSON), "--pidfile", folder / "pid"]
+    command += ["--data-root", folder / "data", "--exec-root", folder / "exec"]
+    command += ["--iptables=false", "--ip-forward=false"]
+    try:
+        if shutil.disk_usage(folder).free < DISK_SPACE:
+            skip(f"images need {DISK_SPACE / 1e9:.0f} GB of free disk space in {folder.parent}")
+        with open(folder / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as daemon:
+            try:
+                # The package's own client: another that comes first on the path may lack what builds need.
+                person = {"user": PERSON, "group": PERSON, "extra_groups": []}
+                engine = Engine("/usr/bin/docker", person, DOCKER_HOST=socket)
+                deadline = time.monotonic() + 60
+                while not engine.works():
+                    if daemon.poll() is not None or time.monotonic() > deadline:
+                        pytest.fail("dockerd does not start:\n" + (folder / "log").read_text())
+                    time.sleep(0.2)
+                yield engine
+            finally:
+                daemon.terminate()
+    finally:
+        for mount in reversed(mounts_below(folder)):
+            subprocess.run(["umount", mount])
+        subprocess.run(["ip", "link", "delete", "docker0"], capture_output=True)
+        shutil.rmtree(folder)
+
+
+def mounts_below(folder):
+    """Return the mount points that the engine has left below `folder`."""
+    points = (line.split()[1] for line in Path("/proc/mounts").read_text().splitlines())
+    return [point for point in points if point.startswith(f"{folder}/")]
+
+
+def get_base_image(engine):
+    """Import or pull the base image, unless it is there."""
+    if engine("image", "inspect", BASE_IMAGE)[0] == 0:
+        return
+    if archive := os.environ.get("MNIST_BASE_IMAGE_TAR"):
+        path = "PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
+        engine.must("import", "--change", "ENV LANG=C.UTF-8", "--change", f"ENV {path}", archive, BASE_IMAGE)
+    elif engine("pull", BASE_IMAGE)[0] != 0:
+        skip(f"{BASE_IMAGE} cannot be pulled, and MNIST_BASE_IMAGE_TAR names no substitute")

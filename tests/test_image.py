@@ -1,0 +1,469 @@
+"""The images, built from the Dockerfile by a real engine, and everything the guide says about them."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, need
+from engine import PERSON, running_engine
+
+# One engine for all, also where the tests are spread over processes.
+pytestmark = pytest.mark.xdist_group("image")
+
+# What a strict cluster allows: no network, no rights, nothing writable but what is named.
+STRICT = ("--network=none", "--read-only", "--tmpfs=/tmp", "--cap-drop=ALL")
+STRICT += ("--security-opt=no-new-privileges", "--memory=2g")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with running_engine() as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def mnist(engine):
+    """The trainer's image."""
+    engine.build("mnist")
+    return "mnist"
+
+
+@pytest.fixture(scope="module")
+def notebook(engine, mnist):
+    """The tutorial's image."""
+    engine.build("mnist-notebook", "--target=notebook")
+    return "mnist-notebook"
+
+
+@pytest.fixture(scope="module")
+def little(small_template):
+    """Options that put little data into a container, and the trainer with the sums of it."""
+    return [f"--volume={small_template}/{name}:/app/{name}:ro" for name in ("datasets", "mnist.py")]
+
+
+@pytest.fixture(scope="module")
+def project(engine):
+    """A copy of the project, which belongs to a person who is not root if the tests can arrange that."""
+    folder = Path(tempfile.mkdtemp(prefix="person.", dir="/var/tmp"))
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, names.stdout.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    if engine.person:
+        subprocess.run(["chown", "--recursive", f"{PERSON}:{PERSON}", folder], check=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def output(tmp_path):
+    """An option that mounts a folder for results that anybody may write to, and the folder."""
+    folder = tmp_path / "output"
+    folder.mkdir()
+    folder.chmod(0o777)
+    return f"--volume={folder}:/app/output", folder
+
+
+def run_script(engine, project, *arguments, **changes):
+    """Start docker/run.sh as a person would; all that it prints comes as one text stream."""
+    return subprocess.Popen(
+        ["docker/run.sh", *map(str, arguments)],
+        cwd=project,
+        env=engine.environment | {"ENGINE": engine.program, "HOME": str(project)} | changes,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **engine.person,
+    )
+
+
+def finish(process, timeout=120):
+    """Wait for a started program. Returns (exit code, all that it printed)."""
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+# --- The files ----------------------------------------------------------------------------------
+
+
+def test_linters_find_nothing_in_the_dockerfile_and_the_script():
+    for command in (["hadolint", "Dockerfile"], ["shellcheck", "docker/run.sh"]):
+        need(command[0], "the packages of requirements-dev.txt")
+        linter = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (linter.returncode, linter.stdout) == (0, ""), linter.stdout
+
+
+# --- The trainer's image ------------------------------------------------------------------------
+
+
+def test_an_epoch_as_any_user_offline_and_read_only_reaches_98_percent(engine, mnist, output):
+    mount, folder = output
+    log = engine.must(
+        "run", "--rm", *STRICT, "--user=1234:0", mount, mnist, "--epochs", 1, "--save-model", timeout=500
+    )
+    assert re.search(r"^Epoch: 1 \( +\d+\.\d%\) - Loss: \d+\.\d+$", log, re.M)
+    accuracy = float(re.search(r"^accuracy=(0\.\d{4})$", log, re.M)[1])
+    assert accuracy >= 0.98
+    metrics = json.loads((folder / "metrics.jsonl").read_text())
+    assert round(metrics["accuracy"], 4) == accuracy
+    assert "conv1.weight" in torch.load(folder / "mnist_model.pt", weights_only=True)
+    assert {path.stat().st_uid for path in folder.iterdir()} == {1234}
+
+
+def test_the_image_says_who_runs_it_and_what(engine, mnist):
+    config = json.loads(engine.must("image", "inspect", mnist))[0]["Config"]
+    assert config["User"] == "1000:0"
+    assert config["WorkingDir"] == "/app"
+    assert config["Entrypoint"] == ["python", "mnist.py"]
+    assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0 AND CC-BY-SA-3.0"
+
+
+@pytest.mark.parametrize("image", ["mnist", "notebook"])
+def test_nothing_that_was_needed_only_to_build_is_left(engine, image, request):
+    image = request.getfixturevalue(image)
+    listing = engine.must("run", "--rm", "--user=0", "--entrypoint=find", image, "/", "-xdev", "-type", "f")
+    paths = [Path(line) for line in listing.splitlines() if line.startswith("/")]
+    assert len(paths) > 10_000
+    left = [
+        str(path)
+        for path in paths
+        if path.name in {"uv", "gcc", "g++", "cc", "cc1", "clang", "make", "git"}
+        or (path.suffix in {".whl", ".gz", ".lock"} and not path.is_relative_to("/usr"))
+        or path.is_relative_to("/tmp")
+        or path.is_relative_to("/root/.cache")
+        or path.is_relative_to("/var/lib/apt/lists")
+    ]
+    assert left == []
+    ours = {path.relative_to("/app").parts[0] for path in paths if path.is_relative_to("/app")}
+    expected = {"LICENSE", "datasets", "mnist.py", "requirements.in", "requirements.txt"}
+    assert ours == expected | ({"notebooks", "pytorchjob-mnist.yaml"} if "notebook" in image else set())
+
+
+def test_history_holds_no_password_and_no_certificate(engine, mnist):
+    history = engine.must("history", "--no-trunc", "--format={{.CreatedBy}}", mnist)
+    assert "uv pip install" in history
+    assert not re.search(r"password|secret|token|BEGIN|://[^/\s]*@", history, re.I)
+
+
+def test_any_user_of_group_0_writes_to_the_default_output_folder(engine, mnist, little):
+    log = engine.must("run", "--rm", "--user=54321:0", *little, mnist, "--epochs", 1)
+    assert "accuracy=" in log
+
+
+def test_a_changed_trainer_is_built_in_seconds_and_only_its_layer_is_new(engine, mnist, project, tmp_path):
+    context = shutil.copytree(project, tmp_path / "changed")
+    with open(context / "mnist.py", "a") as file:
+        file.write("\n# changed\n")
+    clock = time.monotonic()
+    engine.build("mnist-changed", context=context)
+    seconds = time.monotonic() - clock
+    try:
+        images = json.loads(engine.must("image", "inspect", mnist, "mnist-changed"))
+        before, after = (image["RootFS"]["Layers"] for image in images)
+        assert before[:-1] == after[:-1]
+        assert before[-1] != after[-1]
+        assert seconds < 15
+    finally:
+        engine.must("image", "rm", "mnist-changed")
+
+
+def test_build_arguments_reach_what_they_are_for(engine, mnist, project):
+    code, output = engine("build", "--network=host", "--build-arg=UV_TORCH_BACKEND=abacus", project)
+    assert code != 0
+    assert "abacus" in output and "--torch-backend" in output
+    code, output = engine("build", "--network=host", "--build-arg=UV_DEFAULT_INDEX=file:///none", project)
+    assert code != 0
+    assert "file:///none" in output or "No matching distribution found for uv" in output
+    code, output = engine("build", "--network=host", "--build-arg=BASE_IMAGE=localhost/none", project)
+    assert code != 0
+    assert "localhost/none" in output
+
+
+def test_bad_usage_is_one_sentence_and_code_2(engine, mnist):
+    code, output = engine("run", "--rm", mnist, "--epochs", 0)
+    assert code == 2
+    assert output.endswith("mnist.py: error: argument --epochs: '0' is not a whole number of 1 or more\n")
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence_and_code_1(engine, mnist, tmp_path):
+    tmp_path.chmod(0o555)
+    code, output = engine("run", "--rm", "--user=1234:1234", f"--volume={tmp_path}:/app/output", mnist)
+    assert code == 1
+    assert output.splitlines()[-1] == "mnist.py: cannot write to output: Permission denied"
+    assert "Traceback" not in output
+
+
+def test_a_stopped_container_resumes_to_the_weights_of_an_unbroken_one(engine, mnist, little, tmp_path):
+    def start(folder, *arguments):
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o777)
+        options = [*STRICT, "--user=1234:1234", *little, f"--volume={folder}:/app/output"]
+        arguments = ("--epochs", 3, "--log-interval", 1, "--save-model", *arguments)
+        return engine.start("run", "--rm", "--name=mnist-stopped", *options, mnist, *arguments)
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert finish(start(whole))[0] == 0
+
+    with start(broken) as process:
+        for line in process.stdout:
+            if line.startswith("Epoch: 2"):
+                break
+        engine.must("stop", "--time=30", "mnist-stopped")
+        rest = process.stdout.read()
+    assert "Stopped by a signal" in rest
+    assert process.returncode == 143
+    assert not (broken / "mnist_model.pt").exists()
+
+    code, log = finish(start(broken, "--resume"))
+    assert code == 0
+    assert "Resuming in epoch 2 after" in log
+    assert (broken / "mnist_model.pt").read_bytes() == (whole / "mnist_model.pt").read_bytes()
+
+
+def test_two_processes_train_in_a_container_without_network(engine, mnist, little, output):
+    options = (*STRICT, "--user=1234:1234", *little, output[0])
+    log = engine.must("run", "--rm", *options, mnist, "--epochs", 1, "--num-processes", 2, timeout=120)
+    assert "rank 0 of 2" in log
+    # torchrun asks for this machine's address by its name, which without a network has none.
+    torchrun = ("torchrun", mnist, "--standalone", "--local-addr=localhost", "--nproc-per-node=2")
+    again = engine.must("run", "--rm", *options, "--entrypoint", *torchrun, "mnist.py", "--epochs", 1)
+    assert results(log) == results(again)
+
+
+def results(log):
+    """Return what the log says of the test set, which must be something."""
+    found = re.findall(r"^(?:Test accuracy: .*|loss=.*|accuracy=.*)$", log, re.M)
+    assert len(found) == 3, log
+    return found
+
+
+def test_two_containers_on_a_private_network_train_together(engine, mnist, little, output):
+    """They are told of each other as the operator of a PyTorchJob does it."""
+    engine.must("network", "create", "--internal", "mnist-job")
+    try:
+        containers = []
+        for rank, name in enumerate(("pytorchjob-mnist-master-0", "pytorchjob-mnist-worker-0")):
+            variables = {
+                "PYTHONUNBUFFERED": 1,
+                "MASTER_ADDR": "pytorchjob-mnist-master-0",
+                "MASTER_PORT": 23456,
+                "WORLD_SIZE": 2,
+                "RANK": rank,
+                "PET_NNODES": 2,
+                "PET_NODE_RANK": rank,
+                "PET_NPROC_PER_NODE": "auto",
+            }
+            options = ["--rm", f"--name={name}", f"--hostname={name}", "--network=mnist-job", *little]
+            options += ["--dns=127.0.0.1"]  # unknown names are refused at once: there is nobody to ask
+            options += [f"--env={key}={value}" for key, value in variables.items()]
+            options += [output[0]] if rank == 0 else []
+            containers.append(engine.start("run", *options, mnist, "--epochs", 1))
+        (master, log), (worker, silence) = (finish(container) for container in containers)
+    finally:
+        engine("network", "rm", "mnist-job")
+    assert (master, worker) == (0, 0), log + silence
+    assert "Started in a pod of a PyTorchJob: rank 0 of 2" in log
+    assert len(results(log)) == 3
+    assert "accuracy=" not in silence
+
+
+# --- docker/run.sh ------------------------------------------------------------------------------
+
+
+def printed(*arguments, **changes):
+    """Return the command that docker/run.sh would run, in words."""
+    script = subprocess.run(
+        ["docker/run.sh", "--dry-run", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"ENGINE": "docker"} | changes,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return script.stdout
+
+
+@pytest.mark.parametrize(
+    ("gpus", "option"),
+    [("all", "--gpus all "), ("0", '--gpus \\"device=0\\" '), ("2,3", '--gpus \\"device=2\\,3\\" ')],
+)
+def test_the_script_chooses_gpus(gpus, option):
+    assert option in printed("-d", gpus)
+
+
+def test_the_script_speaks_podman():
+    command = printed("-d", "2,3", "--epochs", "1", ENGINE="podman")
+    assert command.startswith("podman run ")
+    assert " --device nvidia.com/gpu=2 --device nvidia.com/gpu=3 " in command
+    assert command.endswith(" mnist --epochs 1 \n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-d"], "-d needs a value"),
+        (["-d", "first"], "-d first: use all, none, or numbers"),
+        (["-m", "/nowhere"], "/nowhere is not a folder"),
+        (["-x"], "DISPLAY is not set"),
+    ],
+)
+def test_the_script_says_what_is_wrong_with_an_option(arguments, sentence):
+    environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
+    script = subprocess.run(
+        ["docker/run.sh", "--dry-run", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (script.returncode, script.stdout) == (2, "")
+    assert sentence in script.stderr and script.stderr.count("\n") == 1
+
+
+def test_the_script_explains_every_option_it_knows():
+    explained = subprocess.check_output(["docker/run.sh", "-h"], cwd=ROOT, text=True)
+    known = re.findall(r"^        (-[-a-z]+)(?: \| --help)?\)", (ROOT / "docker/run.sh").read_text(), re.M)
+    assert len(known) >= 8
+    for option in known:
+        assert re.search(rf"^  {option}\s", explained, re.M) or option == "--", option
+
+
+def test_the_script_mounts_other_data(engine, mnist, project):
+    """The data are the project's, still packed: the trainer unpacks them in the mounted folder."""
+    script = run_script(engine, project, "-d", "none", "-m", "datasets", "-o", "other", "--", "--dry-run")
+    code, log = finish(script)
+    assert code == 0, log
+    assert "accuracy=" in log
+    unpacked = project / "datasets/MNIST/raw/t10k-labels-idx1-ubyte"
+    assert unpacked.stat().st_uid == project.stat().st_uid
+    assert (project / "other/home").stat().st_uid == project.stat().st_uid
+
+
+def test_the_script_opens_jupyterlab_in_the_project_and_only_for_who_has_the_token(engine, notebook, project):
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        port = any_port.getsockname()[1]
+    with run_script(engine, project, "-d", "none", "-j", PORT=str(port)) as process:
+        try:
+            log = ""
+            while not (found := re.search(r"http://127\.0\.0\.1:8888/lab\?token=(\w+)", log)):
+                line = process.stdout.readline()
+                assert line, log
+                log += line
+            address = f"http://127.0.0.1:{port}"
+            content = json.dumps({"type": "file", "format": "text", "content": "hello"}).encode()
+            file = urllib.request.Request(f"{address}/api/contents/hello.txt", content, method="PUT")
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(file, timeout=30)
+            assert refused.value.code == 403
+            assert "/login" in urllib.request.urlopen(f"{address}/lab", timeout=30).url
+            file.add_header("Authorization", f"token {found[1]}")
+            assert urllib.request.urlopen(file, timeout=30).status == 201
+            lab = urllib.request.Request(f"{address}/lab", headers={"Authorization": f"token {found[1]}"})
+            assert b"JupyterLab" in urllib.request.urlopen(lab, timeout=30).read()
+        finally:
+            process.terminate()
+    assert (project / "hello.txt").read_text() == "hello"
+    assert (project / "hello.txt").stat().st_uid == project.stat().st_uid
+
+
+def test_the_script_shows_windows(engine, notebook, project):
+    need("Xvfb", "xvfb")
+    read, write = os.pipe()
+    display = subprocess.Popen(
+        ["Xvfb", "-displayfd", str(write), "-nolisten", "tcp"],
+        pass_fds=[write],
+        stderr=subprocess.DEVNULL,
+        **engine.person,
+    )
+    try:
+        number = os.read(read, 10).decode().strip()
+        program = """
+import matplotlib.pyplot as plt
+plt.switch_backend("TkAgg")
+window = plt.figure().canvas.manager.window
+plt.pause(1)
+print("viewable:", window.winfo_viewable())
+"""
+        arguments = ("-d", "none", "-x", "-i", notebook, "python", "-c", program)
+        code, log = finish(run_script(engine, project, *arguments, DISPLAY=f":{number}"))
+        assert (code, log.splitlines()[-1]) == (0, "viewable: 1"), log
+    finally:
+        display.terminate()
+        display.wait()
+        os.close(read)
+        os.close(write)
+
+
+# --- The guide ----------------------------------------------------------------------------------
+
+# The person's docker, but builds use this machine's network, and trainings have little data, and learn
+# at once that there is nobody to ask for names.
+SHIM = """#!/bin/sh
+command=$1
+shift
+case "$command $* " in
+    build*) set -- --network=host "$@" ;;
+    run*" mnist "*) set -- --dns=127.0.0.1 {little} "$@" ;;
+esac
+exec {program} "$command" "$@"
+"""
+
+
+def commands():
+    """Return the guide's blocks of commands, and those of them that need what no test has."""
+    guide = (ROOT / "docs/containers.md").read_text()
+    blocks = re.findall(r"^(<!-- needs ([^\n]+) -->\n)?```bash\n(.*?)^```$", guide, re.M | re.S)
+    assert len(blocks) == guide.count("```bash")
+    missing = {what for _, what, _ in blocks if what}
+    return [block for _, what, block in blocks if not what], missing
+
+
+@pytest.mark.timeout(1800)
+def test_every_command_of_the_guide_works(engine, notebook, project, little):
+    runnable, missing = commands()
+    assert missing == {
+        "PyTorch's package index",
+        "a GPU",
+        "a registry",
+        "a registry and Apptainer",
+        "a registry and a cluster",
+    }
+    folder = project / ".bin"
+    folder.mkdir()
+    shim = folder / "docker"
+    shim.write_text(SHIM.format(little=" ".join(little), program=engine.program))
+    for path in (folder, shim):
+        path.chmod(0o755)
+    log = ""
+    for block in runnable:
+        shell = subprocess.Popen(
+            ["bash", "-euxo", "pipefail", "-c", block],
+            cwd=project,
+            env=engine.environment | {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(project)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **engine.person,
+        )
+        code, output = finish(shell, timeout=900)
+        assert code == 0, output
+        log += output
+
+    assert "Stopped by a signal" in log
+    assert "Resuming in epoch" in log
+    assert re.search(r"^accuracy=0\.8\d+$", log, re.M), "the linear model's"
+    results = project / "output"
+    files = ["metrics.jsonl", "slow/metrics.jsonl", "lr-0.5/metrics.jsonl", "lr-1.0/metrics.jsonl"]
+    assert {(results / file).stat().st_uid for file in [*files, "out.ipynb"]} == {project.stat().st_uid}
+    # The notebook has run to its end in its image, on all the data.
+    cells = json.loads((results / "out.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code)
+    assert not [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
