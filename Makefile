@@ -45,4 +45,5 @@ requirements: .venv/uv
 # For the tests that pip alone cannot provide for. Debian and Ubuntu; needs root.
 system-packages:
 	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends docker.io iproute2 iptables kubernetes-client runc xvfb
+	apt-get install -y -qq --no-install-recommends docker.io iproute2 iptables runc xvfb
+	command -v kubectl || apt-get install -y -qq --no-install-recommends kubernetes-client
