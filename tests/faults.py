@@ -241,7 +241,7 @@ def stop_and_resume(project, name, world_size, moment, rng, number=signal.SIGTER
             assert before == lines, f"left with 0 too early:\n{printed}"
         elif began:
             assert set(codes) == {143}, f"{codes}\n{printed}"
-            assert "Stopped by a signal, after saving a checkpoint" in printed, printed
+            assert "Stopped by a signal" in printed, printed
         else:
             # Who is stopped while Python starts has not learned yet what to do about a signal.
             assert not set(codes) - {143, -15, 1}, f"{codes}\n{printed}"
@@ -431,7 +431,7 @@ def campaign(share, seed):
                 function(project, *arguments, random.Random(f"{seed} {number}"))
                 return what, True
             except Exception as error:  # a failed attempt must not end a night's campaign
-                print(f"NOT SURVIVED: {what} {arguments}\n{error!r}\n{error}\n", file=sys.stderr)
+                print(f"NOT HELD: {what} {arguments}: {type(error).__name__}: {error}", file=sys.stderr)
                 return what, False
             finally:
                 print(f"{number}: {time.monotonic() - begin:.0f} s, {what}", file=sys.stderr, flush=True)

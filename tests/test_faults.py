@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -174,7 +175,7 @@ def test_launchers_pass_a_signal_on_and_take_over_from_each_other(project):
         training.start("--resume").processes[0].until(lambda: training.printed.count("- Loss: ") > 10)
         training.processes[0].send_signal(signal.SIGTERM)
         assert training.end(20) != [0], training.printed
-        assert "after saving a checkpoint" in training.printed
+        assert "Stopped by a signal" in training.printed
         second = results(training.printed)
         training.complete()
         assert first + second + results(training.printed) == lines
@@ -364,7 +365,7 @@ def test_other_numbers_of_processes_go_on_from_the_same_sample_and_say_so(projec
     with project.training("other", world_size=3) as training:
         printed = training.complete("--epochs", 1).processes[0].output
     assert f"Resuming in epoch 1 after {samples} samples" in printed
-    assert "Processes: 1 then, 3 now" in printed
+    assert re.search(r"\b1 .*\b3 now", printed)
     steps = [line for line in results(printed) if line.startswith("Epoch: 1")]
     assert len(steps) == -(-(TRAIN - samples) // (3 * BATCH))
 
