@@ -524,9 +524,7 @@ def parse_arguments(argv):
     add("--test-batch-size", metavar="N", type=count, default=1000, help="in evaluation (default: 1000)")
     add("--optimizer", choices=("adadelta", "sgd"), default="adadelta", help="default: adadelta")
     add("--lr", metavar="LR", type=rate, help="learning rate (default: 1.0 for adadelta, 0.01 for sgd)")
-    add(
-        "--gamma", metavar="M", type=factor, default=0.7, help="multiplies it after each epoch (default: 0.7)"
-    )
+    add("--gamma", metavar="M", type=factor, default=0.7, help="its factor after each epoch (default: 0.7)")
     add("--momentum", metavar="M", type=fraction, default=0.5, help="momentum of sgd (default: 0.5)")
     add("--seed", metavar="S", type=integer, default=1, help="of all random numbers (default: 1)")
     add("--log-interval", metavar="N", type=count, default=10, help="batches per log line (default: 10)")
@@ -537,13 +535,7 @@ def parse_arguments(argv):
     add("--output-dir", metavar="DIR", default="output", help="where results go (default: output)")
     add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     add("--checkpoint-interval", metavar="N", type=from_zero, default=0, help="also save every N steps")
-    add(
-        "--timeout",
-        metavar="S",
-        type=seconds,
-        default=60,
-        help="seconds to wait for a lost process (default: 60)",
-    )
+    add("--timeout", metavar="S", type=seconds, default=60, help="seconds until a peer is lost (default: 60)")
     add("--save-model", action="store_true", help="write mnist_model.pt, a state_dict")
     add("--dry-run", action="store_true", help="one batch of training, one of evaluation, no files")
     args = parser.parse_args(argv)

@@ -148,6 +148,7 @@ def test_default_parameters_leave_the_manifest_as_it_is(tmp_path):
 def test_each_parameter_changes_its_own_place_in_the_manifest_and_no_other(tmp_path):
     def parts(text):
         job = json.loads(json.dumps(yaml.safe_load(text)))  # master and worker share nothing now
+        yield job["spec"]["runPolicy"].pop("backoffLimit")
         master, worker = (job["spec"]["pytorchReplicaSpecs"][role] for role in ("Master", "Worker"))
         for replica in (master, worker):
             (container,) = replica["template"]["spec"]["containers"]
@@ -159,8 +160,9 @@ def test_each_parameter_changes_its_own_place_in_the_manifest_and_no_other(tmp_p
 
     image = "registry.example.com:5000/team/mnist@sha256:12ab"
     changed = manifest_with(tmp_path, image=image, job_epochs=3, workers=5, gpu=False)
-    default_master, default_worker, default_rest = parts(manifest_with(tmp_path))
-    master, worker, rest = parts(changed)
+    default_limit, default_master, default_worker, default_rest = parts(manifest_with(tmp_path))
+    limit, master, worker, rest = parts(changed)
+    assert (default_limit, limit) == (16, 31)  # five times the restart of all pods, and one
     assert default_master[:4] == ("mnist-trainer:1.0", "15", 1, 1)
     assert default_worker[:4] == ("mnist-trainer:1.0", "15", 1, 2)
     assert master[:4] == (image, "3", None, 1)
