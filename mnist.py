@@ -262,8 +262,12 @@ class Trainer:
         for name, then in checkpoint["hyperparameters"].items():
             if then != (now := getattr(self.args, name)):
                 raise ValueError(f"the checkpoint in {folder} has {name} {then}, but this run has {now}")
-        for name in ("model", "optimizer", "scheduler"):
-            getattr(self, name).load_state_dict(checkpoint[name])
+        try:
+            for name in ("model", "optimizer", "scheduler"):
+                getattr(self, name).load_state_dict(checkpoint[name])
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the checkpoint in {folder} does not fit this model: {reason}") from error
         vars(self).update(checkpoint["progress"])
         if self.job.rank > 0:
             self.loss_sum = 0.0  # rank 0 has that of all
