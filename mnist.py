@@ -474,6 +474,7 @@ def launch(processes, argv):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(1, 1, processes, run_id="mnist", rdzv_backend="c10d", max_restarts=0)
     config.rdzv_endpoint = "localhost:0"  # any free port
+    config.local_addr = "localhost"  # its host name may not be known, in a container for example
     logging.disable()  # torch's launcher would add a page to the one line of a process that failed
     try:
         elastic_launch(config, sys.executable)("-u", __file__, *argv)
