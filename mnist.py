@@ -366,8 +366,8 @@ def claimed(folder):
 
 
 def first_line(error):
-    """Return the first sentence of what an exception says: torch appends advice and C++ stacks."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+    """Return the first line of what an exception says: torch appends C++ stacks."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --- The processes ------------------------------------------------------------------------------
