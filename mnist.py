@@ -28,6 +28,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+
+def leave(*_):
+    """End at once: a signal asks for it, and there is nothing to save yet."""
+    print("mnist.py: stopped by a signal before the training began", flush=True)
+    os._exit(143)
+
+
+if __name__ == "__main__":
+    # Loading PyTorch takes seconds, and meanwhile the first process of a container would be deaf
+    # to the signal with which Kubernetes takes a pod away.
+    signal.signal(signal.SIGTERM, leave)
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -36,7 +48,7 @@ import torch.optim as optim
 from filelock import FileLock, Timeout
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher import LaunchConfig, elastic_launch
+from torch.distributed.run import main as torchrun
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import StepLR
 from torchvision import datasets
@@ -414,7 +426,7 @@ class Job:
         """
         where = f"rank {self.rank} of {self.world_size}"
         # Kubernetes sends SIGTERM before it takes a pod away, and SIGKILL 30 seconds later.
-        handlers = {name: signal.signal(name, self.leave) for name in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {name: signal.signal(name, leave) for name in (signal.SIGTERM, signal.SIGINT)}
         try:
             if self.world_size > 1:
                 where += f" (meeting at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']})"
@@ -437,10 +449,6 @@ class Job:
         store, rank, size = next(dist.rendezvous("env://", timeout=10 * limit))
         store.set_timeout(limit)
         dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
-
-    def leave(self, *_):
-        print("mnist.py: stopped by a signal before the training began", flush=True)
-        os._exit(143)
 
     def distribute(self, model, images):
         """Return the model such that its gradients are averaged over all processes."""
@@ -472,12 +480,10 @@ class Job:
 def launch(processes, argv):
     """Start this file again as `processes` processes of this machine. Returns the exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    config = LaunchConfig(1, 1, processes, run_id="mnist", rdzv_backend="c10d", max_restarts=0)
-    config.rdzv_endpoint = "localhost:0"  # any free port
-    config.local_addr = "localhost"  # its host name may not be known, in a container for example
-    logging.disable()  # torch's launcher would add a page to the one line of a process that failed
+    logging.disable()  # torchrun would add a page to the one line of a process that failed
     try:
-        elastic_launch(config, sys.executable)("-u", __file__, *argv)
+        # A machine's own name may be unknown to it, in a container for example: localhost never is.
+        torchrun(["--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}", __file__, *argv])
     except SignalException:
         return 143
     except ChildFailedError as error:

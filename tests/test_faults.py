@@ -163,6 +163,14 @@ def test_a_signal_is_obeyed_by_the_first_process_of_a_container(project):
     assert (output / "checkpoint.pt").exists()
 
 
+def test_a_signal_while_python_still_loads_torch_ends_it_with_a_sentence(project):
+    with project.training("loading") as training:
+        process = training.start().processes[0]
+        assert process.until(lambda: process.hears(signal.SIGTERM))
+        process.send_signal(signal.SIGTERM)
+        assert process.end(20) == (143, "mnist.py: stopped by a signal before the training began\n")
+
+
 def test_launchers_pass_a_signal_on_and_take_over_from_each_other(project):
     expected, lines = project.reference(2)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
