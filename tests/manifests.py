@@ -4,6 +4,7 @@ A misspelt field or a mount without its volume is refused by some API server lat
 is created, and no pod ever comes. So this is stricter than a cluster, and it knows the trainer too.
 """
 
+import copy
 import io
 import json
 import re
@@ -22,6 +23,24 @@ import mnist
 def load(path):
     """Return the manifest in a YAML file as a cluster gets it: as JSON, without anchors."""
     return json.loads(json.dumps(yaml.safe_load(Path(path).read_text())))
+
+
+GONE = object()
+
+
+def change(manifest, field, value):
+    """Return a copy of the manifest in which the field at the path has another value, or is GONE."""
+    manifest = copy.deepcopy(manifest)
+    steps = re.findall(r'\["([^"]+)"\]|\[(\d+)\]|([^.[]+)', field)
+    *parents, last = [int(index) if index else quoted or name for quoted, index, name in steps]
+    owner = manifest
+    for parent in parents:
+        owner = owner[parent]
+    if value is GONE:
+        del owner[last]
+    else:
+        owner[last] = value
+    return manifest
 
 
 def problems(manifest, crds=None):

@@ -5,7 +5,6 @@ applied as well: https://github.com/kubeflow/trainer, manifests/base/crds, of th
 kubernetes/README.md.
 """
 
-import copy
 import json
 import os
 import re
@@ -14,7 +13,18 @@ import subprocess
 
 import pytest
 from conftest import ROOT, run
-from manifests import SIDECAR, below, load, operator_schema, parse, problems, schema_problems, trial
+from manifests import (
+    GONE,
+    SIDECAR,
+    below,
+    change,
+    load,
+    operator_schema,
+    parse,
+    problems,
+    schema_problems,
+    trial,
+)
 
 JOB = ROOT / "pytorchjob-mnist.yaml"
 FILES = [JOB, *sorted((ROOT / "kubernetes").glob("*.yaml"))]
@@ -116,7 +126,6 @@ def test_the_readme_names_the_versions_that_are_checked_against():
 
 # --- Broken ones --------------------------------------------------------------------------------
 
-GONE = object()
 SPECS = "spec.pytorchReplicaSpecs"
 MASTER, WORKER = f"{SPECS}.Master", f"{SPECS}.Worker"
 POD = f"{MASTER}.template.spec"
@@ -252,21 +261,6 @@ BROKEN_CLAIM = {
 
 BROKEN = {JOB: BROKEN_JOB, ELASTIC: BROKEN_ELASTIC, TRAINJOB: BROKEN_TRAINJOB}
 BROKEN |= {EXPERIMENT: BROKEN_EXPERIMENT, CLAIM: BROKEN_CLAIM}
-
-
-def change(manifest, field, value):
-    """Return a copy of the manifest in which the field at the path has another value, or is GONE."""
-    manifest = copy.deepcopy(manifest)
-    steps = re.findall(r'\["([^"]+)"\]|\[(\d+)\]|([^.[]+)', field)
-    *parents, last = [int(index) if index else quoted or name for quoted, index, name in steps]
-    owner = manifest
-    for parent in parents:
-        owner = owner[parent]
-    if value is GONE:
-        del owner[last]
-    else:
-        owner[last] = value
-    return manifest
 
 
 @schemas
