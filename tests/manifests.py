@@ -568,6 +568,17 @@ def trial(experiment, bound):
     return json.loads(PLACEHOLDER.sub(lambda match: values[match[1]], json.dumps(template["trialSpec"])))
 
 
+# What Katib's collector looks for, where an experiment gives no filter of its own.
+KATIBS_FILTER = re.compile(r"([\w|-]+)\s*=\s*([+-]?\d*(\.\d+)?([Ee][+-]?\d+)?)")
+
+
+def read_by_katib(experiment, log):
+    """Return the metrics that Katib finds in a log, as pairs of name and value."""
+    objective = experiment["spec"]["objective"]
+    wanted = {objective["objectiveMetricName"], *objective.get("additionalMetricNames", [])}
+    return [(name, value) for name, value, *_ in KATIBS_FILTER.findall(log) if name in wanted]
+
+
 RULES = {
     "PersistentVolumeClaim": claim_problems,
     "PyTorchJob": pytorchjob_problems,

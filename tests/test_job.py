@@ -10,13 +10,14 @@ import pytest
 from tests.conftest import ROOT, make_small_project, need, skip
 from tests.faults import weights
 from tests.hosts import PyTorchJob
-from tests.manifests import change, load
+from tests.manifests import change, load, read_by_katib, trial
 from tests.operators import backoff_limit, pods_of
 from tests.replay import Replay
 
 PLAIN = ROOT / "pytorchjob-mnist.yaml"
 ELASTIC = ROOT / "kubernetes" / "pytorchjob-mnist-elastic.yaml"
 TRAINJOB = ROOT / "kubernetes" / "trainjob-mnist.yaml"
+EXPERIMENT = ROOT / "kubernetes" / "experiment-mnist.yaml"
 EPOCHS = 15  # as the manifests have it
 TRAIN, TEST = 400, 200
 
@@ -45,9 +46,8 @@ def trainer_of(manifest):
     return [f"spec.pytorchReplicaSpecs.{role}.template.spec.containers[0]" for role in roles]
 
 
-def job_of(path, **changes):
-    """Return a committed manifest with changes to its trainer, which gets one CPU: here three share two."""
-    job = load(path)
+def on_one_cpu(job, **changes):
+    """Return a manifest with changes to its trainer, which gets one CPU: here three pods share two."""
     for trainer in trainer_of(job):
         resources = "resourcesPerNode" if job["kind"] == "TrainJob" else "resources"
         job = change(job, f"{trainer}.{resources}.limits.cpu", "1")
@@ -71,14 +71,18 @@ def check_results(job, epochs=EPOCHS):
     assert (model.stat().st_uid, model.stat().st_size > 4_000_000) == (1000, True)
 
 
+one_after_the_other = pytest.mark.xdist_group("job")  # they share what follows
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(project):
     """The job as committed, after its end, with nothing done to it."""
-    with Replay(job_of(PLAIN), project) as job:
+    with Replay(on_one_cpu(load(PLAIN)), project) as job:
         job.run()
     return job
 
 
+@one_after_the_other
 def test_the_job_succeeds(uninterrupted):
     job = uninterrupted
     assert job.state == "Succeeded", job.log
@@ -92,9 +96,10 @@ def test_the_job_succeeds(uninterrupted):
     assert [list((worker.folder / "output").iterdir()) for worker in workers] == [[], []]
 
 
+@one_after_the_other
 @pytest.mark.parametrize("path", [PLAIN, ELASTIC, TRAINJOB], ids=lambda path: path.stem)
 def test_a_job_that_loses_a_worker_goes_on_from_the_checkpoint_and_succeeds(path, project, uninterrupted):
-    with Replay(job_of(path), project) as job:
+    with Replay(on_one_cpu(load(path)), project) as job:
         assert job.run_until("Epoch: 5 ") == "Running", job.log  # so the checkpoint of the fourth is complete
         assert "rank 0 of 3" in job.log and job.restarts == 0, job.log
         job.pods[1].kill()
@@ -114,7 +119,7 @@ def test_a_job_that_loses_a_worker_goes_on_from_the_checkpoint_and_succeeds(path
 
 def test_two_processes_a_pod_make_a_world_of_six(project):
     args = ["--epochs", "1", "--resume", "--output-dir", "/output", "--save-model"]
-    manifest = job_of(PLAIN, command=["torchrun", "mnist.py"], args=args)
+    manifest = on_one_cpu(load(PLAIN), command=["torchrun", "mnist.py"], args=args)
     with Replay(change(manifest, "spec.nprocPerNode", "2"), project) as job:
         assert job.run() == "Succeeded", job.log
         assert {pod.pod.variables["WORLD_SIZE"] for pod in job.pods} == {"6"}
@@ -122,11 +127,19 @@ def test_two_processes_a_pod_make_a_world_of_six(project):
     check_results(job, epochs=1)
 
 
+def test_a_trial_of_the_experiment_runs_and_katib_reads_its_log(project):
+    experiment = load(EXPERIMENT)
+    with Replay(on_one_cpu(trial(experiment, "min") | {"metadata": {"name": "trial"}}), project) as job:
+        assert job.run() == "Succeeded", job.log
+    assert job.log.startswith("Started in a pod of a PyTorchJob: rank 0 of 1, ")
+    assert [name for name, _ in read_by_katib(experiment, job.log)] == ["loss", "accuracy"] * 5
+
+
 # --- The replay itself: it fails where a cluster does -------------------------------------------
 
 
 def test_a_job_fails_when_its_restarts_reach_the_backoff_limit(project):
-    with Replay(change(job_of(PLAIN), "spec.runPolicy.backoffLimit", 3), project) as job:
+    with Replay(change(on_one_cpu(load(PLAIN)), "spec.runPolicy.backoffLimit", 3), project) as job:
         for pod in job.pods:
             pod.kill()
         assert job.state == "Running"
@@ -135,7 +148,7 @@ def test_a_job_fails_when_its_restarts_reach_the_backoff_limit(project):
 
 
 def test_a_job_whose_pods_are_never_restarted_fails_with_the_first(project):
-    manifest = change(job_of(PLAIN), "spec.pytorchReplicaSpecs.Worker.restartPolicy", "Never")
+    manifest = change(on_one_cpu(load(PLAIN)), "spec.pytorchReplicaSpecs.Worker.restartPolicy", "Never")
     with Replay(manifest, project) as job:
         job.pods[1].kill()
         assert (job.state, job.restarts) == ("Failed", 0)
@@ -151,7 +164,7 @@ for folder in ("/output", "/tmp", "/app", "/app/datasets", "/"):
     except OSError as error:
         print(folder, error.strerror)
 """
-    with Replay(job_of(PLAIN, command=["python", "-c", script], args=[]), project) as job:
+    with Replay(on_one_cpu(load(PLAIN), command=["python", "-c", script], args=[]), project) as job:
         assert job.run() == "Succeeded"
     assert job.pods[0].log.splitlines() == [
         "1000 0 []",

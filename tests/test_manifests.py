@@ -22,6 +22,7 @@ from manifests import (
     operator_schema,
     parse,
     problems,
+    read_by_katib,
     schema_problems,
     trial,
 )
@@ -316,17 +317,12 @@ def test_the_operators_own_schemas_refuse_what_is_unknown_or_mistyped(path, fiel
 
 # --- Katib --------------------------------------------------------------------------------------
 
-# What Katib's collector looks for, where an experiment gives no filter of its own.
-METRIC = re.compile(r"([\w|-]+)\s*=\s*([+-]?\d*(\.\d+)?([Ee][+-]?\d+)?)")
-
 
 def test_katib_reads_each_epoch_s_loss_and_accuracy_and_nothing_else(small):
     code, log = run(small, "mnist.py", "--epochs", "1", "--log-interval", "1")
     code_again, log_again = run(small, "mnist.py", "--epochs", "3", "--log-interval", "1", "--resume")
     assert (code, code_again) == (0, 0), log + log_again
-    objective = load(EXPERIMENT)["spec"]["objective"]
-    wanted = {objective["objectiveMetricName"], *objective["additionalMetricNames"]}
-    read = [(name, value) for name, value, *_ in METRIC.findall(log + log_again) if name in wanted]
+    read = read_by_katib(load(EXPERIMENT), log + log_again)
     epochs = [json.loads(line) for line in (small / "output" / "metrics.jsonl").read_text().splitlines()]
     written = [(e["test_loss"], e["accuracy"]) for e in epochs]
     assert len(written) == 3

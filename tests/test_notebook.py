@@ -294,6 +294,7 @@ def test_a_submitted_job_is_followed_to_its_end_and_deleted_and_its_volume_stays
             [],
         )
         (created,) = [each for each in cluster.created if each["kind"] == "PyTorchJob"]
+        assert created["metadata"].pop("namespace") == "default"
         assert created == json.loads(json.dumps(yaml.safe_load(body(CELLS["manifest"]))))
         cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
         printed = {cell.id: "".join(o.get("text", "") for o in cell.get("outputs", [])) for cell in cells}
@@ -341,6 +342,16 @@ def test_a_step_that_goes_wrong_is_the_last_one(trouble, tmp_path):
         assert code == 1
         assert re.search(rf"^RuntimeError: {sentence}$", output, re.MULTILINE), output
         assert cluster.changes == changes
+
+
+def test_nobody_waits_for_a_job_that_is_gone(tmp_path, monkeypatch):
+    need("kubectl", "kubernetes-client")
+    with ApiServer() as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig(tmp_path)))
+        name = "pytorchjob.kubeflow.org/pytorchjob-mnist"
+        wait_for = execute("define-wait-for", subprocess=subprocess, PYTORCH_JOB=name)["wait_for"]
+        with pytest.raises(RuntimeError, match=r"^pytorchjob\.kubeflow\.org/pytorchjob-mnist is gone: "):
+            wait_for("Succeeded", minutes=1)
 
 
 def test_the_job_has_the_name_that_kubectl_gave_it():
