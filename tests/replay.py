@@ -72,7 +72,7 @@ class Replay(Network):
         phases, restarts = zip(*((pod.phase, pod.restarts) for pod in self.pods), strict=True)
         return state_of(self.manifest, phases, restarts)
 
-    def run_until(self, printed, timeout=120):
+    def run_until(self, printed, timeout=300):
         """Go on until a text is printed, or the job has come to its end. Returns its state."""
         limit = time.monotonic() + timeout
         while self.state == "Running" and printed not in self.log:
@@ -82,7 +82,7 @@ class Replay(Network):
                 pod.restart_if_needed()
         return self.state
 
-    def run(self, timeout=240):
+    def run(self, timeout=600):
         """Go on to the end of the job, and tidy up as its cleanPodPolicy says. Returns the job's state."""
         state = self.run_until("\0", timeout)
         if self.manifest["spec"].get("runPolicy", {}).get("cleanPodPolicy", "None") != "None":
