@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 
 from tests.conftest import RAW, clean_environment, make_small_project
-from tests.hosts import PORT, Process, PyTorchJob
+from tests.hosts import Process, PyTorchJob
+from tests.operators import PORT
 
 TRAIN, TEST, BATCH, INTERVAL, EPOCHS = 1000, 500, 30, 5, 2
 TIMEOUT = 10

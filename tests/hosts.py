@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-PORT = 23456
+from tests.operators import pods_of
 
 
 class Process(subprocess.Popen):
@@ -82,10 +82,14 @@ def ip(*words):
 
 
 class Host:
-    """A network namespace with its own address and host name; `environment` is what processes on it find."""
+    """A network namespace with its own address and host name; `environment` is what processes on it find.
 
-    def __init__(self, name, number, bridge):
+    Others may know it by another name than it does itself: that of its service.
+    """
+
+    def __init__(self, name, number, bridge, service=None):
         self.name, self.bridge, self.link = name, bridge, f"v{number}"
+        self.service = service or name
         self.address = f"10.77.0.{10 + number}"
         self.environment = {"PATH": os.environ["PATH"], "HOME": "/root", "HOSTNAME": name}
         self.etc = Path("/etc/netns", name)  # `ip netns exec` mounts its files over those in /etc
@@ -122,8 +126,9 @@ class Host:
 
     def know(self, hosts):
         """Let this host find these hosts by name, and no others."""
-        lines = ["127.0.0.1 localhost", *(f"{host.address} {host.name}" for host in hosts)]
-        (self.etc / "hosts").write_text("\n".join(lines) + "\n")
+        lines = ["127.0.0.1 localhost", f"{self.address} {self.name}"]
+        lines += [f"{host.address} {host.service}" for host in hosts]
+        (self.etc / "hosts").write_text("\n".join(dict.fromkeys(lines)) + "\n")
 
     def cut(self):
         """Pull the network cable."""
@@ -151,41 +156,14 @@ class Host:
         )
 
 
-class PyTorchJob:
-    """The pods of a PyTorchJob: a master and workers, or workers alone if the job is elastic.
+class Network:
+    """Hosts on a bridge of their own, which find each other by name."""
 
-    `elastic` is (fewest workers, most workers, restarts). The names are new for each job, so that
-    tests can run beside each other.
-    """
-
-    def __init__(self, folder, workers=2, elastic=None, processes_per_node="auto"):
-        self.folder, self.name = folder, f"mnist-{secrets.token_hex(3)}"
-        names = [f"{self.name}-worker-{number}" for number in range(workers)]
-        if not elastic:
-            names.insert(0, f"{self.name}-master-0")
-        self.bridge = f"{self.name}-bridge"
-        self.hosts = [Host(name, number, self.bridge) for number, name in enumerate(names, 1)]
-        for rank, host in enumerate(self.hosts):
-            host.environment |= {"PYTHONUNBUFFERED": "1", "PET_NPROC_PER_NODE": processes_per_node}
-            if elastic:
-                fewest, most, restarts = elastic
-                host.environment |= {
-                    "PET_RDZV_BACKEND": "c10d",
-                    "PET_RDZV_ENDPOINT": f"{names[0]}:{PORT}",
-                    "PET_NNODES": f"{fewest}:{most}",
-                    "PET_MAX_RESTARTS": str(restarts),
-                }
-            else:
-                host.environment |= {
-                    "MASTER_ADDR": names[0],
-                    "PET_MASTER_ADDR": names[0],
-                    "MASTER_PORT": str(PORT),
-                    "PET_MASTER_PORT": str(PORT),
-                    "WORLD_SIZE": str(len(names)),
-                    "PET_NNODES": str(len(names)),
-                    "RANK": str(rank),
-                    "PET_NODE_RANK": str(rank),
-                }
+    def __init__(self, name, pods):
+        self.name, self.bridge = name, f"{name}-bridge"
+        self.hosts = [Host(pod.name, number, self.bridge, pod.service) for number, pod in enumerate(pods, 1)]
+        for host, pod in zip(self.hosts, pods, strict=True):
+            host.environment |= pod.variables
 
     def __enter__(self):
         with ExitStack() as undo:
@@ -202,6 +180,30 @@ class PyTorchJob:
 
     def __exit__(self, *error):
         return self.undo.__exit__(*error)
+
+
+def new_name():
+    """Return a name for a job that no other has, so that tests can run beside each other."""
+    return f"mnist-{secrets.token_hex(3)}"
+
+
+class PyTorchJob(Network):
+    """The pods of a PyTorchJob: a master and workers, or workers alone if the job is elastic.
+
+    `elastic` is (fewest workers, most workers, restarts).
+    """
+
+    def __init__(self, folder, workers=2, elastic=None, processes_per_node="auto"):
+        replicas = {"Worker": {"replicas": workers}}
+        spec = {"nprocPerNode": processes_per_node, "pytorchReplicaSpecs": replicas}
+        if elastic:
+            names = ("minReplicas", "maxReplicas", "maxRestarts")
+            spec["elasticPolicy"] = dict(zip(names, elastic, strict=True))
+        else:
+            replicas["Master"] = {"replicas": 1}
+        name = new_name()
+        super().__init__(name, pods_of({"kind": "PyTorchJob", "metadata": {"name": name}, "spec": spec}))
+        self.folder = folder
 
     def start(self, *command, **changes):
         """Start `python command…` in every pod. Returns the processes."""

@@ -4,6 +4,7 @@ A misspelt field or a mount without its volume is refused by some API server lat
 is created, and no pod ever comes. So this is stricter than a cluster, and it knows the trainer too.
 """
 
+import copy
 import io
 import json
 import re
@@ -22,6 +23,24 @@ import mnist
 def load(path):
     """Return the manifest in a YAML file as a cluster gets it: as JSON, without anchors."""
     return json.loads(json.dumps(yaml.safe_load(Path(path).read_text())))
+
+
+GONE = object()
+
+
+def change(manifest, field, value):
+    """Return a copy of the manifest in which the field at the path has another value, or is GONE."""
+    manifest = copy.deepcopy(manifest)
+    steps = re.findall(r'\["([^"]+)"\]|\[(\d+)\]|([^.[]+)', field)
+    *parents, last = [int(index) if index else quoted or name for quoted, index, name in steps]
+    owner = manifest
+    for parent in parents:
+        owner = owner[parent]
+    if value is GONE:
+        del owner[last]
+    else:
+        owner[last] = value
+    return manifest
 
 
 def problems(manifest, crds=None):
@@ -547,6 +566,17 @@ def trial(experiment, bound):
     spaces = {parameter["name"]: parameter["feasibleSpace"] for parameter in experiment["spec"]["parameters"]}
     values = {p["name"]: spaces[p["reference"]][bound] for p in template["trialParameters"]}
     return json.loads(PLACEHOLDER.sub(lambda match: values[match[1]], json.dumps(template["trialSpec"])))
+
+
+# What Katib's collector looks for, where an experiment gives no filter of its own.
+KATIBS_FILTER = re.compile(r"([\w|-]+)\s*=\s*([+-]?\d*(\.\d+)?([Ee][+-]?\d+)?)")
+
+
+def read_by_katib(experiment, log):
+    """Return the metrics that Katib finds in a log, as pairs of name and value."""
+    objective = experiment["spec"]["objective"]
+    wanted = {objective["objectiveMetricName"], *objective.get("additionalMetricNames", [])}
+    return [(name, value) for name, value, *_ in KATIBS_FILTER.findall(log) if name in wanted]
 
 
 RULES = {

@@ -5,7 +5,6 @@ applied as well: https://github.com/kubeflow/trainer, manifests/base/crds, of th
 kubernetes/README.md.
 """
 
-import copy
 import json
 import os
 import re
@@ -14,7 +13,19 @@ import subprocess
 
 import pytest
 from conftest import ROOT, run
-from manifests import SIDECAR, below, load, operator_schema, parse, problems, schema_problems, trial
+from manifests import (
+    GONE,
+    SIDECAR,
+    below,
+    change,
+    load,
+    operator_schema,
+    parse,
+    problems,
+    read_by_katib,
+    schema_problems,
+    trial,
+)
 
 JOB = ROOT / "pytorchjob-mnist.yaml"
 FILES = [JOB, *sorted((ROOT / "kubernetes").glob("*.yaml"))]
@@ -116,7 +127,6 @@ def test_the_readme_names_the_versions_that_are_checked_against():
 
 # --- Broken ones --------------------------------------------------------------------------------
 
-GONE = object()
 SPECS = "spec.pytorchReplicaSpecs"
 MASTER, WORKER = f"{SPECS}.Master", f"{SPECS}.Worker"
 POD = f"{MASTER}.template.spec"
@@ -254,21 +264,6 @@ BROKEN = {JOB: BROKEN_JOB, ELASTIC: BROKEN_ELASTIC, TRAINJOB: BROKEN_TRAINJOB}
 BROKEN |= {EXPERIMENT: BROKEN_EXPERIMENT, CLAIM: BROKEN_CLAIM}
 
 
-def change(manifest, field, value):
-    """Return a copy of the manifest in which the field at the path has another value, or is GONE."""
-    manifest = copy.deepcopy(manifest)
-    steps = re.findall(r'\["([^"]+)"\]|\[(\d+)\]|([^.[]+)', field)
-    *parents, last = [int(index) if index else quoted or name for quoted, index, name in steps]
-    owner = manifest
-    for parent in parents:
-        owner = owner[parent]
-    if value is GONE:
-        del owner[last]
-    else:
-        owner[last] = value
-    return manifest
-
-
 @schemas
 @pytest.mark.parametrize(
     ("path", "field", "value", "where"),
@@ -322,17 +317,12 @@ def test_the_operators_own_schemas_refuse_what_is_unknown_or_mistyped(path, fiel
 
 # --- Katib --------------------------------------------------------------------------------------
 
-# What Katib's collector looks for, where an experiment gives no filter of its own.
-METRIC = re.compile(r"([\w|-]+)\s*=\s*([+-]?\d*(\.\d+)?([Ee][+-]?\d+)?)")
-
 
 def test_katib_reads_each_epoch_s_loss_and_accuracy_and_nothing_else(small):
     code, log = run(small, "mnist.py", "--epochs", "1", "--log-interval", "1")
     code_again, log_again = run(small, "mnist.py", "--epochs", "3", "--log-interval", "1", "--resume")
     assert (code, code_again) == (0, 0), log + log_again
-    objective = load(EXPERIMENT)["spec"]["objective"]
-    wanted = {objective["objectiveMetricName"], *objective["additionalMetricNames"]}
-    read = [(name, value) for name, value, *_ in METRIC.findall(log + log_again) if name in wanted]
+    read = read_by_katib(load(EXPERIMENT), log + log_again)
     epochs = [json.loads(line) for line in (small / "output" / "metrics.jsonl").read_text().splitlines()]
     written = [(e["test_loss"], e["accuracy"]) for e in epochs]
     assert len(written) == 3

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 import yaml
+from api_server import ApiServer, write_kubeconfig
 from conftest import ROOT, need, run, start
 from IPython.core.inputtransformer2 import TransformerManager
 from matplotlib import image as png
@@ -263,13 +264,94 @@ def test_submitting_without_kubectl_stops_at_once(tmp_path):
 
 def test_submitting_without_a_cluster_stops_at_once(tmp_path):
     need("kubectl", "kubernetes-client")
-    nowhere = tmp_path / "kubeconfig"
-    cluster = {"name": "c", "cluster": {"server": "http://127.0.0.1:9"}}  # port 9: nobody listens
-    context = {"name": "c", "context": {"cluster": "c", "user": ""}}
-    nowhere.write_text(json.dumps({"clusters": [cluster], "contexts": [context], "current-context": "c"}))
+    nowhere = write_kubeconfig(tmp_path, "http://127.0.0.1:9")  # nobody listens there
     sentence = submit_in(tmp_path / "project", KUBECONFIG=nowhere)
     assert "no cluster with PyTorchJobs answers: " in sentence
     assert "127.0.0.1:9" in sentence
+
+
+WITHOUT_TRAINING = [name for name in ON_A_SLICE if not re.search("trainer|run|process|result|version", name)]
+
+
+def submit_to(cluster, folder):
+    """Run the chapters on image and job with submit=True. Returns (exit code, all that was printed)."""
+    need("kubectl", "kubernetes-client")
+    project = folder / "project"
+    shutil.copytree(ROOT / "kubernetes", project / "kubernetes", dirs_exist_ok=True)
+    save([CELLS[name].copy() for name in WITHOUT_TRAINING], project)
+    where = {"KUBECONFIG": cluster.kubeconfig(folder), "DOCKER_HOST": "unix:///nowhere"}
+    arguments = ("notebooks/mnist.ipynb", folder / "out.ipynb", "-p", "submit", "True", "--log-output")
+    return run(project, "-m", "papermill", *arguments, **where)
+
+
+def test_a_submitted_job_is_followed_to_its_end_and_deleted_and_its_volume_stays(tmp_path):
+    with ApiServer(log="Test accuracy: 9915/10000 ( 99.2%)\n") as cluster:
+        code, output = submit_to(cluster, tmp_path)
+        assert code == 0, output
+        assert cluster.changes == ["POST persistentvolumeclaims", "POST pytorchjobs", "DELETE pytorchjobs"]
+        assert (cluster.names("persistentvolumeclaims"), cluster.names("pytorchjobs")) == (
+            ["mnist-output"],
+            [],
+        )
+        (created,) = [each for each in cluster.created if each["kind"] == "PyTorchJob"]
+        assert created["metadata"].pop("namespace") == "default"
+        assert created == json.loads(json.dumps(yaml.safe_load(body(CELLS["manifest"]))))
+        cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+        printed = {cell.id: "".join(o.get("text", "") for o in cell.get("outputs", [])) for cell in cells}
+        job = "pytorchjob.kubeflow.org/pytorchjob-mnist"
+        assert printed["claim-a-volume"].endswith("\npersistentvolumeclaim/mnist-output created\n")
+        assert printed["name-of-the-job"] == f"{job} is created\n"
+        assert re.search(r"^Kind: +PyTorchJob$", printed["describe-the-job"], re.MULTILINE)
+        sample = re.search(r"```text\n(NAME .*?)```", CELLS["sample-of-pods"].source, re.DOTALL)[1]
+        assert printed["list-the-pods"].endswith(f"\n{sample}")
+        assert printed["follow-the-log"].endswith("\nTest accuracy: 9915/10000 ( 99.2%)\n")
+        assert printed["wait-for-the-end"] == f"waiting for {job}\nsucceeded\n"
+        assert 'pytorchjob.kubeflow.org "pytorchjob-mnist" deleted\n' in printed["delete-the-job"]
+
+        code, output = submit_to(cluster, tmp_path)  # once more: the claim is there already
+        assert code == 0, output
+        assert "persistentvolumeclaim/mnist-output unchanged\n" in output
+        assert cluster.changes[3:] == ["POST pytorchjobs", "DELETE pytorchjobs"]
+
+
+CLAIMED, CREATED = "POST persistentvolumeclaims", "POST pytorchjobs"
+TROUBLE = {
+    "the claim is refused": (
+        {"refused": ["persistentvolumeclaims"]},
+        [CLAIMED],
+        r"This failed with exit code 1: kubectl apply -f kubernetes/volume-claim\.yaml",
+    ),
+    "the job is refused": (
+        {"refused": ["pytorchjobs"]},
+        [CLAIMED, CREATED],
+        r"Nothing was created: Error from server \(Forbidden\): .*",
+    ),
+    "the job fails": (
+        {"end": "Failed"},
+        [CLAIMED, CREATED],
+        r"pytorchjob\.kubeflow\.org/pytorchjob-mnist failed: see its log above\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+def test_a_step_that_goes_wrong_is_the_last_one(trouble, tmp_path):
+    settings, changes, sentence = TROUBLE[trouble]
+    with ApiServer(**settings) as cluster:
+        code, output = submit_to(cluster, tmp_path)
+        assert code == 1
+        assert re.search(rf"^RuntimeError: {sentence}$", output, re.MULTILINE), output
+        assert cluster.changes == changes
+
+
+def test_nobody_waits_for_a_job_that_is_gone(tmp_path, monkeypatch):
+    need("kubectl", "kubernetes-client")
+    with ApiServer() as cluster:
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig(tmp_path)))
+        name = "pytorchjob.kubeflow.org/pytorchjob-mnist"
+        wait_for = execute("define-wait-for", subprocess=subprocess, PYTORCH_JOB=name)["wait_for"]
+        with pytest.raises(RuntimeError, match=r"^pytorchjob\.kubeflow\.org/pytorchjob-mnist is gone: "):
+            wait_for("Succeeded", minutes=1)
 
 
 def test_the_job_has_the_name_that_kubectl_gave_it():
