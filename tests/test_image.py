@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, need
-from engine import PERSON, running_engine
+from engine import BUILD, PERSON, running_engine
 
 # One engine for all, also where the tests are spread over processes.
 pytestmark = pytest.mark.xdist_group("image")
@@ -87,7 +88,7 @@ def run_script(engine, project, *arguments, **changes):
     )
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=300):
     """Wait for a started program. Returns (exit code, all that it printed)."""
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
@@ -97,10 +98,11 @@ def finish(process, timeout=120):
 
 
 def test_linters_find_nothing_in_the_dockerfile_and_the_script():
-    for command in (["hadolint", "Dockerfile"], ["shellcheck", "docker/run.sh"]):
-        need(command[0], "the packages of requirements-dev.txt")
-        linter = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert (linter.returncode, linter.stdout) == (0, ""), linter.stdout
+    for linter, file in (("hadolint", "Dockerfile"), ("shellcheck", "docker/run.sh")):
+        program = Path(sys.executable).with_name(linter)
+        need(program, "the packages of requirements-dev.txt")
+        found = subprocess.run([program, file], cwd=ROOT, capture_output=True, text=True)
+        assert (found.returncode, found.stdout) == (0, ""), found.stdout
 
 
 # --- The trainer's image ------------------------------------------------------------------------
@@ -230,9 +232,20 @@ def test_a_stopped_container_resumes_to_the_weights_of_an_unbroken_one(engine, m
     assert (broken / "mnist_model.pt").read_bytes() == (whole / "mnist_model.pt").read_bytes()
 
 
+def test_an_init_lets_a_container_stop_while_python_still_starts(engine, mnist):
+    """Without one, process 1 of a container never hears a SIGTERM that comes before it listens."""
+    with engine.start("run", "--rm", "--init", "--name=mnist-starting", mnist) as process:
+        while engine("inspect", "--format={{.State.Running}}", "mnist-starting")[1] != "true\n":
+            assert process.poll() is None
+        engine.must("stop", "--time=10", "mnist-starting")
+        code, log = finish(process)
+    assert code == 143
+    assert "Epoch" not in log
+
+
 def test_two_processes_train_in_a_container_without_network(engine, mnist, little, output):
     options = (*STRICT, "--user=1234:1234", *little, output[0])
-    log = engine.must("run", "--rm", *options, mnist, "--epochs", 1, "--num-processes", 2, timeout=120)
+    log = engine.must("run", "--rm", *options, mnist, "--epochs", 1, "--num-processes", 2)
     assert "rank 0 of 2" in log
     # torchrun asks for this machine's address by its name, which without a network has none.
     torchrun = ("torchrun", mnist, "--standalone", "--local-addr=localhost", "--nproc-per-node=2")
@@ -409,7 +422,7 @@ SHIM = """#!/bin/sh
 command=$1
 shift
 case "$command $* " in
-    build*) set -- --network=host "$@" ;;
+    build*) set -- {build} "$@" ;;
     run*" mnist "*) set -- --dns=127.0.0.1 {little} "$@" ;;
 esac
 exec {program} "$command" "$@"
@@ -438,7 +451,7 @@ def test_every_command_of_the_guide_works(engine, notebook, project, little):
     folder = project / ".bin"
     folder.mkdir()
     shim = folder / "docker"
-    shim.write_text(SHIM.format(little=" ".join(little), program=engine.program))
+    shim.write_text(SHIM.format(build=" ".join(BUILD), little=" ".join(little), program=engine.program))
     for path in (folder, shim):
         path.chmod(0o755)
     log = ""
