@@ -55,7 +55,7 @@ output=$(absolute "$output")
 [ -n "$dry_run" ] || mkdir -p "$output/home" || fail "cannot make $output/home"
 [ -z "$data" ] || [ -d "$data" ] || fail "$data is not a folder"
 
-command=("$engine" run --rm --init --user "$(id -u):$(id -g)" --stop-timeout 30)
+command=("$engine" run --rm --user "$(id -u):$(id -g)" --stop-timeout 30)
 command+=(--env "USER=${USER:-$(id -u)}" --env HOME=/app/output/home)
 [ ! -t 0 ] || [ ! -t 1 ] || command+=(--interactive --tty)
 
