@@ -240,7 +240,9 @@ def test_a_container_can_be_stopped_while_pytorch_still_loads(engine, mnist):
             engine("kill", "--signal=TERM", "mnist-starting")
             time.sleep(0.2)
         code, log = finish(process)
-    assert (code, log) == (143, "mnist.py: stopped by a signal before the training began\n")
+    assert code == 143
+    assert log.endswith("mnist.py: stopped by a signal before the training began\n")
+    assert "Started" not in log
 
 
 def test_two_processes_train_in_a_container_without_network(engine, mnist, little, output):
@@ -370,16 +372,16 @@ def test_the_script_opens_jupyterlab_in_the_project_and_only_for_who_has_the_tok
                 assert line, log
                 log += line
             address = f"http://127.0.0.1:{port}"
-            content = json.dumps({"type": "file", "format": "text", "content": "hello"}).encode()
-            file = urllib.request.Request(f"{address}/api/contents/hello.txt", content, method="PUT")
             with pytest.raises(urllib.error.HTTPError) as refused:
-                urllib.request.urlopen(file, timeout=30)
+                urllib.request.urlopen(f"{address}/api/contents", timeout=30)
             assert refused.value.code == 403
             assert "/login" in urllib.request.urlopen(f"{address}/lab", timeout=30).url
-            file.add_header("Authorization", f"token {found[1]}")
-            assert urllib.request.urlopen(file, timeout=30).status == 201
-            lab = urllib.request.Request(f"{address}/lab", headers={"Authorization": f"token {found[1]}"})
+            token = {"Authorization": f"token {found[1]}"}
+            lab = urllib.request.Request(f"{address}/lab", headers=token)
             assert b"JupyterLab" in urllib.request.urlopen(lab, timeout=30).read()
+            content = json.dumps({"type": "file", "format": "text", "content": "hello"}).encode()
+            file = urllib.request.Request(f"{address}/api/contents/hello.txt", content, token, method="PUT")
+            assert urllib.request.urlopen(file, timeout=30).status == 201
         finally:
             process.terminate()
     assert (project / "hello.txt").read_text() == "hello"
@@ -422,8 +424,8 @@ SHIM = """#!/bin/sh
 command=$1
 shift
 case "$command $* " in
-    build*) set -- {build} "$@" ;;
-    run*" mnist "*) set -- --dns=127.0.0.1 {little} "$@" ;;
+    "build "*) set -- {build} "$@" ;;
+    "run "*" mnist "*) set -- --dns=127.0.0.1 {little} "$@" ;;
 esac
 exec {program} "$command" "$@"
 """
