@@ -95,6 +95,16 @@ def finish(process, timeout=300):
     return process.returncode, output
 
 
+def wait_for_server(address):
+    """JupyterLab tells its address a moment before it listens there."""
+    for _ in range(300):
+        try:
+            return urllib.request.urlopen(address, timeout=30)
+        except OSError:
+            time.sleep(0.1)
+    pytest.fail(f"nobody answers at {address}")
+
+
 # --- The files ----------------------------------------------------------------------------------
 
 
@@ -372,6 +382,7 @@ def test_the_script_opens_jupyterlab_in_the_project_and_only_for_who_has_the_tok
                 assert line, log
                 log += line
             address = f"http://127.0.0.1:{port}"
+            wait_for_server(f"{address}/api")
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(f"{address}/api/contents", timeout=30)
             assert refused.value.code == 403
