@@ -13,6 +13,7 @@ from conftest import ROOT, skip
 
 BASE_IMAGE = "python:3.11-slim"  # the Dockerfile's default
 DISK_SPACE = 20e9  # bytes: both images, what is built on the way, and some air
+BUILD = ("--network=host", "--build-arg=UV_TORCH_BACKEND")  # of which this environment knows the value
 PERSON = 1234  # who uses an engine of our own, for people seldom are root
 
 
@@ -57,8 +58,8 @@ class Engine:
         return output
 
     def build(self, tag, *arguments, context=ROOT):
-        """Build an image, on this machine's own network, and return what was printed."""
-        return self.must("build", "--network=host", "--tag", tag, *arguments, context, timeout=900)
+        """Build an image, and return what was printed."""
+        return self.must("build", *BUILD, "--tag", tag, *arguments, context, timeout=900)
 
 
 @contextmanager
