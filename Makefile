@@ -24,11 +24,11 @@ lint: .venv/tests
 
 # requirements.txt serves as the list of versions, not of packages: other builds of torch need fewer.
 .venv/notebook: .venv/uv requirements.in requirements.txt
-	$(BIN)/uv pip install --python $(BIN)/python -r requirements.in -c requirements.txt
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -r requirements.in -c requirements.txt
 	touch $@
 
 .venv/tests: .venv/notebook requirements-dev.in requirements-dev.txt
-	$(BIN)/uv pip install --python $(BIN)/python -r requirements-dev.in -c requirements-dev.txt -c requirements.txt
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -r requirements-dev.in -c requirements-dev.txt -c requirements.txt
 	touch $@
 
 notebook-refresh: .venv/notebook
