@@ -66,6 +66,7 @@ def lab(project, browser):
         "JUPYTERLAB_SETTINGS_DIR": home / "settings",
         "JUPYTERLAB_WORKSPACES_DIR": home / "workspaces",
         "PATH": "",  # neither kubectl nor docker
+        "OMP_NUM_THREADS": 1,  # threads that wait for each other are slow where other tests run
     }
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -309,7 +310,7 @@ def test_the_html_export_has_all_pictures_and_its_links_lead_somewhere(stored_pa
     assert len(inside) > 10
     assert [link for link in inside if not stored_page.locator(f'[id="{link[1:]}"]').count()] == []
     outside = sorted({link for link in links if not link.startswith("#")})
-    assert all(re.match("https?://[^/]+/", link) for link in outside)
+    assert all(re.match(r"https?://[\w.-]+", link) for link in outside)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "external-links.txt").write_text("\n".join(outside) + "\n")
     photograph(stored_page, "html-on-a-phone", full_page=True)
