@@ -56,7 +56,7 @@ function render({ model, el }) {
   const ink = paper.getContext("2d");
   const small = new OffscreenCanvas(SENT, SENT).getContext("2d", { willReadFrequently: true });
   Object.assign(ink, { lineWidth: 20, lineCap: "round", lineJoin: "round" });
-  const pen = { x: SIDE / 2, y: SIDE / 2, down: false };
+  const pen = { down: false }; // and x, y
 
   function send() {
     small.clearRect(0, 0, SENT, SENT);
@@ -80,6 +80,8 @@ function render({ model, el }) {
 
   function clear() {
     ink.clearRect(0, 0, SIDE, SIDE);
+    pen.down = false;
+    move(SIDE / 2, SIDE / 2);
     send();
   }
 
@@ -122,6 +124,7 @@ function render({ model, el }) {
   }
   model.on("change:probabilities", update);
   update();
+  move(SIDE / 2, SIDE / 2);
   return () => model.off("change:probabilities", update);
 }
 

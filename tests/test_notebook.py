@@ -500,6 +500,11 @@ def test_every_stored_picture_is_drawn_and_described():
     assert not re.search(r"!\[\]\(", PROSE)
 
 
+def test_colours_can_be_told_apart_by_the_colour_blind():
+    maps = {name for cell in CODE for name in re.findall(r"cmap\W+(\w+)", cell.source)}
+    assert maps == {"gray_r", "cividis", "cividis_r"}
+
+
 def test_headings_go_down_one_level_at_a_time():
     fenceless = re.sub(r"```.*?```", "", PROSE, flags=re.DOTALL)
     levels = [len(marks) for marks in re.findall(r"^(#+) ", fenceless, re.MULTILINE)]
