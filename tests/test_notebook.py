@@ -582,6 +582,11 @@ def test_one_epoch_on_all_digits_headless_reads_at_least_98_percent(tmp_path):
     done = nbformat.read(project / "out.ipynb", as_version=4)
     assert {output.output_type for output in outputs_of(done)} <= {"stream", "display_data"}
     assert {output.name for output in outputs_of(done) if output.output_type == "stream"} == {"stdout"}
+    text = "".join(output.get("text", "") for output in outputs_of(done))
+    read = {
+        name: float(share) for name, share in re.findall(r"^(\w+): ([\d.]+)% read correctly$", text, re.M)
+    }
+    assert read["spoiled"] < 50 and read["mended"] > read["unchanged"] - 5
     images = images_of(done)
     assert len(images) == PICTURES - 1  # a single step has no speed
     for image in images:
