@@ -31,7 +31,10 @@ SETTINGS = {
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 MINUTES = 60_000  # Playwright counts milliseconds. The limits are for a busy machine.
 
-ERROR = "document.querySelector('[data-mime-type=\"application/vnd.jupyter.error\"]')?.textContent"
+# JupyterLab shows what a cell raises as it shows standard error.
+ERROR = (
+    'document.querySelector(\'[data-mime-type$="jupyter.error"], [data-mime-type$="stderr"]\')?.textContent'
+)
 LOG = "[...document.querySelectorAll('.jp-CodeCell')][n].textContent.match(/Epoch: 1 [(].*/s)?.[0]"
 PROMPT = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].at(-1).textContent.match(/[0-9]/)"
 
