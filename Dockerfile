@@ -42,7 +42,7 @@ RUN --mount=from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
     -r requirements.in -c requirements.txt && rm -f /tmp/uv-*.lock
 COPY --from=data /app/datasets datasets
 COPY LICENSE mnist.py pytorchjob-mnist.yaml ./
-COPY notebooks/mnist.ipynb notebooks/
+COPY notebooks/mnist.ipynb notebooks/draw.js notebooks/
 # The notebook writes the trainer and the manifest, so any user of group 0 may.
 RUN mkdir output && chmod g=u . output notebooks notebooks/mnist.ipynb mnist.py pytorchjob-mnist.yaml
 USER 1000:0

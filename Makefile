@@ -46,4 +46,5 @@ requirements: .venv/uv
 system-packages:
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends docker.io iproute2 iptables runc xvfb
+	command -v chromium || command -v google-chrome || apt-get install -y -qq --no-install-recommends chromium
 	command -v kubectl || apt-get install -y -qq --no-install-recommends kubernetes-client

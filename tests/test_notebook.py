@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -14,10 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 import yaml
 from api_server import ApiServer, write_kubeconfig
-from conftest import ROOT, need, run, start
+from conftest import ROOT, need, run, slice_of, start
 from IPython.core.inputtransformer2 import TransformerManager
 from matplotlib import image as png
 
@@ -489,6 +492,61 @@ def test_the_answer_to_an_exercise_works(name, small):
     assert code == 0, output
 
 
+# --- Writing a digit ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def as_mnist():
+    return execute("as-mnist", torch=torch)["as_mnist"]
+
+
+def test_digits_of_mnist_stay_as_they_are(as_mnist):
+    digits = np.frombuffer(slice_of("train-images-idx3-ubyte", 2000)[16:], np.uint8).reshape(-1, 28, 28)
+    same = sum(torch.equal(as_mnist(digit), digit) for digit in torch.tensor(digits))
+    assert same >= 1999  # one has too pale an edge, and so seems to be smaller
+
+
+@pytest.mark.parametrize("slope", [-2.0, -0.3, 0.0, 0.7])
+@pytest.mark.parametrize("size", [15, 40, 100])
+@pytest.mark.parametrize("corner", [(0, 0), (3, 12)])
+def test_a_drawing_fills_the_box_and_has_its_centre_of_mass_in_the_centre(slope, size, corner, as_mnist):
+    rows, columns = torch.meshgrid(
+        torch.arange(112.0) - corner[0], torch.arange(112.0) - corner[1], indexing="ij"
+    )
+    inside = (rows >= 0) & (columns >= 0) & (rows < size) & (columns < size)
+    ink = (255 * (inside & (rows > size / 2 + slope * (columns - size / 2)))).to(torch.uint8)
+    made = as_mnist(ink)
+    assert made.dtype == torch.uint8 and made.shape == (28, 28)
+    filled = made.nonzero()
+    assert (filled.max(dim=0).values - filled.min(dim=0).values + 1).max() == 20
+    centre = (filled * made[made > 0][:, None]).sum(dim=0) / made.sum()
+    assert (centre - 14).abs().max() <= 0.5
+
+
+def test_empty_paper_and_a_dot_can_be_read_too(as_mnist):
+    paper = torch.zeros(112, 112, dtype=torch.uint8)
+    assert as_mnist(paper).sum() == 0
+    paper[111, 0] = 255
+    assert (as_mnist(paper) == 255).sum() == 20 * 20
+    paper[:, 0] = 255  # a line of a single point's width keeps a width
+    assert (as_mnist(paper) > 0).sum() == 20
+
+
+def test_without_anywidget_or_the_file_beside_the_notebook_one_sentence_says_so(
+    monkeypatch, tmp_path, capsys
+):
+    def sentence():
+        variables = execute("define-the-pad", Path=Path)
+        assert variables["Pad"] is None
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    assert re.fullmatch(r"There is no paper here \(.*draw\.js.*\), so [^\n]+\.\n", sentence())
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(sys.modules, "anywidget", None)
+    assert re.fullmatch(r"There is no paper here \(.*anywidget.*\), so [^\n]+\.\n", sentence())
+
+
 # --- The stored notebook ------------------------------------------------------------------------
 
 
@@ -524,6 +582,11 @@ def test_every_stored_picture_is_drawn_and_described():
     assert not re.search(r"!\[\]\(", PROSE)
 
 
+def test_colours_can_be_told_apart_by_the_colour_blind():
+    maps = {name for cell in CODE for name in re.findall(r"cmap\W+(\w+)", cell.source)}
+    assert maps == {"gray_r", "cividis", "cividis_r"}
+
+
 def test_headings_go_down_one_level_at_a_time():
     fenceless = re.sub(r"```.*?```", "", PROSE, flags=re.DOTALL)
     levels = [len(marks) for marks in re.findall(r"^(#+) ", fenceless, re.MULTILINE)]
@@ -536,6 +599,12 @@ def test_the_table_of_contents_has_all_chapters_and_no_link_is_broken():
     assert re.findall(r"^\d+\. \[(.+?)\]", CELLS["title"].source, re.MULTILINE) == chapters
     anchors = {title.replace(" ", "-") for title in re.findall(r"^#+ (.+)$", PROSE, re.MULTILINE)}
     assert set(re.findall(r"\]\(#(.+?)\)", PROSE)) <= anchors
+
+
+def test_the_readme_links_to_every_chapter():
+    chapters = re.findall(r"^## (.+)$", PROSE, re.MULTILINE)
+    links = re.findall(r"\[([^]]+)\]\(notebooks/mnist.ipynb#([^)]+)\)", (ROOT / "README.md").read_text())
+    assert links == [(title, title.replace(" ", "-")) for title in chapters]
 
 
 def test_the_tour_names_what_the_trainer_has():
@@ -573,7 +642,8 @@ def test_one_epoch_on_all_digits_headless_reads_at_least_98_percent(tmp_path):
     for name in ("mnist.py", "pytorchjob-mnist.yaml", "Dockerfile"):
         shutil.copy(ROOT / name, project)
     (project / "notebooks").mkdir()
-    shutil.copy(NOTEBOOK, project / "notebooks")
+    for file in (NOTEBOOK, NOTEBOOK.with_name("draw.js")):
+        shutil.copy(file, project / "notebooks")
     before = files_in(project)
 
     command = "papermill notebooks/mnist.ipynb out.ipynb -p epochs 1 --log-output --no-progress-bar"
@@ -594,6 +664,11 @@ def test_one_epoch_on_all_digits_headless_reads_at_least_98_percent(tmp_path):
     done = nbformat.read(project / "out.ipynb", as_version=4)
     assert {output.output_type for output in outputs_of(done)} <= {"stream", "display_data"}
     assert {output.name for output in outputs_of(done) if output.output_type == "stream"} == {"stdout"}
+    text = "".join(output.get("text", "") for output in outputs_of(done))
+    read = {
+        name: float(share) for name, share in re.findall(r"^(\w+): ([\d.]+)% read correctly$", text, re.M)
+    }
+    assert read["spoiled"] < 50 and read["mended"] > read["unchanged"] - 5
     images = images_of(done)
     assert len(images) == PICTURES - 1  # a single step has no speed
     for image in images:
