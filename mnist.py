@@ -6,8 +6,8 @@
     python mnist.py                                     in a pod of a PyTorchJob, whose operator
                                                         sets MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE
 
-Exit codes: 0 done; 1 failed (one line says why); 2 wrong usage; 143 stopped by SIGTERM or Ctrl-C.
-Once training has begun, a checkpoint is saved first, and --resume goes on from it.
+Exit codes: 0 done; 1 failed (one line says why); 2 wrong usage; 143 stopped by SIGTERM, or by Ctrl-C
+once PyTorch is loaded. If training has begun, a checkpoint is saved first, and --resume goes on from it.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from pathlib import Path
 
 
 def leave(*_):
-    """End at once: a signal asks for it, and there is nothing to save yet."""
-    print("mnist.py: stopped by a signal before the training began", flush=True)
+    """End at once: a signal asks for it, and there is nothing to save."""
+    print("mnist.py: stopped by a signal, with nothing to save", flush=True)
     os._exit(143)
 
 
@@ -49,8 +49,6 @@ from filelock import FileLock, Timeout
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import StepLR
 from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import download_and_extract_archive
@@ -139,7 +137,7 @@ def load_mnist(folder, device="cpu"):
     for name, expected in SHA256.items():
         if hashlib.sha256((raw / name).read_bytes()).hexdigest() != expected:
             raise ValueError(f"{raw / name} is damaged: delete it to have it unpacked again from {name}.gz")
-    images, labels, test_images, test_labels = (str(raw / name) for name in SHA256)
+    images, labels, test_images, test_labels = (raw / name for name in SHA256)
     return (
         (read_image_file(images).to(device), read_label_file(labels).to(device)),
         (read_image_file(test_images).to(device), read_label_file(test_labels).to(device)),
@@ -169,7 +167,7 @@ class Trainer:
             self.optimizer = optim.Adadelta(self.model.parameters(), lr=args.lr)
         else:
             self.optimizer = optim.SGD(self.model.parameters(), lr=args.lr, momentum=args.momentum)
-        self.scheduler = StepLR(self.optimizer, step_size=1, gamma=args.gamma)
+        self.scheduler = optim.lr_scheduler.StepLR(self.optimizer, step_size=1, gamma=args.gamma)
         self.history = []  # a dict for each finished epoch: the lines of metrics.jsonl
         self.begin(epoch=1)
 
@@ -230,16 +228,17 @@ class Trainer:
 
     def finish_epoch(self, train_loss, test_loss, accuracy):
         """Write down how the epoch went, lower the learning rate, and save."""
-        metrics = {
-            "epoch": self.epoch,
-            "train_loss": train_loss,
-            "test_loss": test_loss,
-            "accuracy": accuracy,
-            "learning_rate": self.scheduler.get_last_lr()[0],
-            "seconds": self.seconds,
-            "samples_per_second": self.samples_seen / self.seconds,
-        }
-        self.history.append(metrics)
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                "train_loss": train_loss,
+                "test_loss": test_loss,
+                "accuracy": accuracy,
+                "learning_rate": self.scheduler.get_last_lr()[0],
+                "seconds": self.seconds,
+                "samples_per_second": self.samples_seen / self.seconds,
+            }
+        )
         self.scheduler.step()
         self.begin(self.epoch + 1)
         self.save()
@@ -284,8 +283,7 @@ class Trainer:
         if self.job.rank > 0:
             self.loss_sum = 0.0  # rank 0 has that of all
         logging.info(f"Resuming in epoch {self.epoch} after {self.samples_seen} samples")
-        then, now = checkpoint["world_size"], self.job.world_size
-        if then != now:
+        if (then := checkpoint["world_size"]) != (now := self.job.world_size):
             logging.info(
                 f"{then} process(es) before, {now} now: same samples, but the last digits will differ"
             )
@@ -411,10 +409,13 @@ class Job:
         several_a_pod = env.get("PET_NPROC_PER_NODE", "auto") not in ("auto", "1")
         if several_a_pod or (env.get("PET_NNODES", "1") != "1" and "WORLD_SIZE" not in env):
             raise ValueError("PET_… is set for torchrun: start `torchrun mnist.py`, not `python mnist.py`")
-        if "WORLD_SIZE" not in env:
+        if "WORLD_SIZE" not in env and "RANK" not in env:
             return cls()
-        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]:
-            raise ValueError(f"WORLD_SIZE is set, but not {', '.join(missing)}: set all four or none")
+        names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in names if name not in env]:
+            raise ValueError(
+                f"{', '.join(missing)} must be set beside RANK or WORLD_SIZE: set all four or none"
+            )
         return cls("in a pod of a PyTorchJob", int(env["RANK"]), int(env["WORLD_SIZE"]))
 
     @contextmanager
@@ -447,6 +448,9 @@ class Job:
 
     def meet(self, backend, limit):
         store, rank, size = next(dist.rendezvous("env://", timeout=10 * limit))
+        # Of itself only rank 0 waits for all. Another would give up when its first collective takes too long.
+        store.set(f"here/{rank}", "")
+        store.wait([f"here/{other}" for other in range(size)])
         store.set_timeout(limit)
         dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
 
@@ -454,7 +458,7 @@ class Job:
         """Return the model such that its gradients are averaged over all processes."""
         if self.world_size == 1:
             return model
-        shared = DistributedDataParallel(model)
+        shared = nn.parallel.DistributedDataParallel(model)
         # The first backward pass settles the order in which gradients are added up. Its gradients are
         # thrown away, or a resumed run would add in another order than the one that it resumes.
         shared(images).sum().backward()
@@ -483,7 +487,9 @@ def launch(processes, argv):
     logging.disable()  # torchrun would add a page to the one line of a process that failed
     try:
         # A machine's own name may be unknown to it, in a container for example: localhost never is.
-        torchrun(["--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}", __file__, *argv])
+        # And other signals must be left alone: nohup, for one, has switched SIGHUP off.
+        options = ["--standalone", "--local-addr=localhost", "--signals-to-handle=SIGTERM,SIGINT"]
+        torchrun([*options, f"--nproc-per-node={processes}", __file__, *argv])
     except SignalException:
         return 143
     except ChildFailedError as error:
@@ -568,7 +574,7 @@ def run(args, job):
     )
     writes = job.rank == 0 and not args.dry_run
     with (
-        # What the processes agree on are numbers on the CPU, for which gloo stands beside nccl.
+        # nccl adds up gradients on the GPUs. The numbers in Job.sum are on the CPU: gloo adds up those.
         job.connected("cpu:gloo,cuda:nccl" if backend == "nccl" else backend, args.timeout),
         claimed(args.output_dir) if writes else nullcontext(),
     ):
@@ -587,7 +593,7 @@ def run(args, job):
             test_set = [tensor[: args.test_batch_size] for tensor in test_set]
 
         trainer = Trainer(args, job, device)
-        if args.resume:
+        if args.resume and not args.dry_run:
             trainer.resume()
         model = job.distribute(trainer.model, training_set[0][:1])
         try:

@@ -93,7 +93,8 @@ def test_a_batch_larger_than_the_training_set_is_refused_in_one_line(small):
 @pytest.mark.parametrize(
     "variables, sentence",
     [
-        ({"WORLD_SIZE": 3}, "WORLD_SIZE is set, but not RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": 3}, "^RANK, MASTER_ADDR, MASTER_PORT must be set beside RANK or WORLD_SIZE"),
+        ({"RANK": 1, "MASTER_ADDR": "one", "MASTER_PORT": 1}, "^WORLD_SIZE must be set"),
         ({"PET_NNODES": 3}, "start `torchrun mnist.py`"),
         ({"PET_NPROC_PER_NODE": 2, "WORLD_SIZE": 6, "RANK": 0}, "start `torchrun mnist.py`"),
     ],

@@ -140,7 +140,7 @@ def test_a_signal_before_the_training_begins_ends_it_with_a_sentence(project):
         master.send_signal(signal.SIGTERM)
         code, printed = master.end(20)
     assert code == 143
-    assert "stopped by a signal before the training began" in printed
+    assert "stopped by a signal, with nothing to save" in printed
     assert not training.saved()
 
 
@@ -168,7 +168,7 @@ def test_a_signal_while_python_still_loads_torch_ends_it_with_a_sentence(project
         process = training.start().processes[0]
         assert process.until(lambda: process.hears(signal.SIGTERM))
         process.send_signal(signal.SIGTERM)
-        assert process.end(20) == (143, "mnist.py: stopped by a signal before the training began\n")
+        assert process.end(20) == (143, "mnist.py: stopped by a signal, with nothing to save\n")
 
 
 def test_launchers_pass_a_signal_on_and_take_over_from_each_other(project):

@@ -277,6 +277,20 @@ def test_a_master_whose_name_and_host_come_late_is_waited_for(project, output):
     assert f"/{TEST} (" in printed[0]
 
 
+def test_a_worker_that_comes_late_is_waited_for_by_all(project, output):
+    options = ("mnist.py", "--epochs", 1, "--timeout", 5, "--output-dir", output)
+    with PyTorchJob(project.folder) as job:
+        *early, late = job.hosts
+        processes = [host.start(project.folder, *options, OMP_NUM_THREADS=1) for host in early]
+        assert processes[0].until("Started ")
+        time.sleep(15)
+        assert all(process.poll() is None for process in processes)
+        processes.append(late.start(project.folder, *options, OMP_NUM_THREADS=1))
+        codes, printed = end(processes)
+    assert codes == [0, 0, 0], printed
+    assert f"/{TEST} (" in printed[0]
+
+
 def test_a_link_that_comes_back_within_the_time_limit_does_no_harm(project, output):
     expected, lines = project.reference(3)
     with PyTorchJob(project.folder) as job:

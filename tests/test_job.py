@@ -71,9 +71,6 @@ def check_results(job, epochs=EPOCHS):
     assert (model.stat().st_uid, model.stat().st_size > 4_000_000) == (1000, True)
 
 
-one_after_the_other = pytest.mark.xdist_group("job")  # they share what follows
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(project):
     """The job as committed, after its end, with nothing done to it."""
@@ -82,7 +79,6 @@ def uninterrupted(project):
     return job
 
 
-@one_after_the_other
 def test_the_job_succeeds(uninterrupted):
     job = uninterrupted
     assert job.state == "Succeeded", job.log
@@ -96,7 +92,6 @@ def test_the_job_succeeds(uninterrupted):
     assert [list((worker.folder / "output").iterdir()) for worker in workers] == [[], []]
 
 
-@one_after_the_other
 @pytest.mark.parametrize("path", [PLAIN, ELASTIC, TRAINJOB], ids=lambda path: path.stem)
 def test_a_job_that_loses_a_worker_goes_on_from_the_checkpoint_and_succeeds(path, project, uninterrupted):
     with Replay(on_one_cpu(load(path)), project) as job:
