@@ -487,9 +487,7 @@ def launch(processes, argv):
     logging.disable()  # torchrun would add a page to the one line of a process that failed
     try:
         # A machine's own name may be unknown to it, in a container for example: localhost never is.
-        # And other signals must be left alone: nohup, for one, has switched SIGHUP off.
-        options = ["--standalone", "--local-addr=localhost", "--signals-to-handle=SIGTERM,SIGINT"]
-        torchrun([*options, f"--nproc-per-node={processes}", __file__, *argv])
+        torchrun(["--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}", __file__, *argv])
     except SignalException:
         return 143
     except ChildFailedError as error:
