@@ -179,7 +179,7 @@ class RunningPod:
                 "noNewPrivileges": not safety["allowPrivilegeEscalation"],
                 "capabilities": {},  # all are dropped
             },
-            "mounts": [*self.system_mounts(), *self.volume_mounts()],
+            "mounts": [*self.system_mounts(), *self.volume_mounts(), *self.python_mounts()],
             "linux": {
                 "namespaces": namespaces,
                 "resources": {"memory": {"limit": int(quantity(limits["memory"]))}},
@@ -197,7 +197,7 @@ class RunningPod:
         return variables | self.pod.variables
 
     def system_mounts(self):
-        """Yield what every container has, and this machine's Python, which stands for the image's."""
+        """Yield what every container has."""
         yield {"destination": "/proc", "type": "proc", "source": "proc"}
         yield {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"]}
         yield {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]}
@@ -205,6 +205,9 @@ class RunningPod:
         yield {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": shared}
         for file in self.host.etc.iterdir():
             yield bind(file, f"/etc/{file.name}")
+
+    def python_mounts(self):
+        """Yield this machine's Python, which stands for the image's; it may lie below /tmp, so it comes last."""
         pythons = {sys.prefix, os.path.realpath(sys.prefix), sys.base_prefix}
         for folder in ("/usr", "/bin", "/lib", "/lib64", *sorted(pythons)):
             if os.path.exists(folder):
