@@ -207,7 +207,7 @@ class RunningPod:
             yield bind(file, f"/etc/{file.name}")
 
     def python_mounts(self):
-        """Yield this machine's Python, which stands for the image's; it may lie below /tmp, so it comes last."""
+        """Yield this machine's Python, which stands for the image's. Last, for it may lie below /tmp."""
         pythons = {sys.prefix, os.path.realpath(sys.prefix), sys.base_prefix}
         for folder in ("/usr", "/bin", "/lib", "/lib64", *sorted(pythons)):
             if os.path.exists(folder):
