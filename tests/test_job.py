@@ -152,7 +152,7 @@ def test_a_job_whose_pods_are_never_restarted_fails_with_the_first(project):
 def test_a_container_can_write_to_its_volumes_only_and_is_not_root(project):
     script = """
 import os, pathlib, tempfile
-print(os.getuid(), os.getgid(), sorted(os.listdir(os.environ["HOME"])))
+print(os.getuid(), os.getgid(), os.listdir("/output"))
 for folder in ("/output", "/tmp", "/app", "/app/datasets", "/"):
     try:
         print(folder, tempfile.TemporaryFile(dir=folder).close())
