@@ -228,17 +228,16 @@ class Trainer:
 
     def finish_epoch(self, train_loss, test_loss, accuracy):
         """Write down how the epoch went, lower the learning rate, and save."""
-        self.history.append(
-            {
-                "epoch": self.epoch,
-                "train_loss": train_loss,
-                "test_loss": test_loss,
-                "accuracy": accuracy,
-                "learning_rate": self.scheduler.get_last_lr()[0],
-                "seconds": self.seconds,
-                "samples_per_second": self.samples_seen / self.seconds,
-            }
-        )
+        metrics = {
+            "epoch": self.epoch,
+            "train_loss": train_loss,
+            "test_loss": test_loss,
+            "accuracy": accuracy,
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            "seconds": self.seconds,
+            "samples_per_second": self.samples_seen / self.seconds,
+        }
+        self.history.append(metrics)
         self.scheduler.step()
         self.begin(self.epoch + 1)
         self.save()
@@ -448,7 +447,7 @@ class Job:
 
     def meet(self, backend, limit):
         store, rank, size = next(dist.rendezvous("env://", timeout=10 * limit))
-        # Of itself only rank 0 waits for all. Another would give up when its first collective takes too long.
+        # Of itself only rank 0 waits so long for all: the others would give up after `limit`.
         store.set(f"here/{rank}", "")
         store.wait([f"here/{other}" for other in range(size)])
         store.set_timeout(limit)

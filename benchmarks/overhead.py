@@ -22,9 +22,12 @@ PAIRS, STEPS = 30, 20
 
 def main():
     job = mnist.Job.from_environment()
-    args = mnist.parse_arguments(["--log-interval", "999999", "--output-dir", tempfile.mkdtemp()])
-    with job.connected("gloo", args.timeout):
-        (images, labels), _ = mnist.load_mnist("datasets")
+    args = mnist.parse_arguments(["--log-interval", "999999"])
+    with tempfile.TemporaryDirectory() as args.output_dir, job.connected("gloo", args.timeout):
+        if job.local_rank == 0:
+            mnist.unpack_mnist(args.data_dir)
+        job.sum(0)  # a barrier: now all is unpacked
+        (images, labels), _ = mnist.load_mnist(args.data_dir)
         trainer = mnist.Trainer(args, job, "cpu")
         model = job.distribute(trainer.model, images[:1])
         agree, samples = job.stop_if_asked, STEPS * args.batch_size * job.world_size

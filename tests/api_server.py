@@ -148,8 +148,7 @@ class ApiServer:
             return {}
         words = self.states[min(self.queries[path], len(self.states) - 1)].split()
         self.queries[path] += 1
-        values = {"-": "False"}
-        conditions = [{"type": word.strip("-"), "status": values.get(word[0], "True")} for word in words]
+        conditions = [{"type": word.strip("-"), "status": str(word[0] != "-")} for word in words]
         return {"status": {"conditions": conditions}}
 
     def list(self, path, plural, query):

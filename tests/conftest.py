@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -68,6 +69,13 @@ def clean_environment(**changes):
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PET_", "TORCHELASTIC_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     return environment | {"PYTHONUNBUFFERED": "1"} | {k: str(v) for k, v in changes.items()}
+
+
+def free_port():
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def start(folder, *command, **changes):

@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from tests.conftest import RAW, clean_environment, make_small_project
+from tests.conftest import RAW, clean_environment, free_port, make_small_project
 from tests.hosts import Process, PyTorchJob
 from tests.operators import PORT
 
@@ -86,13 +85,6 @@ def trainer_of(project):
 
 
 # --- A training that can be interrupted ---------------------------------------------------------
-
-
-def free_port():
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Training:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.conftest import need, skip
 from tests.operators import pods_of
 
 
@@ -180,6 +181,19 @@ class Network:
 
     def __exit__(self, *error):
         return self.undo.__exit__(*error)
+
+
+def need_hosts():
+    """Skip the test where no hosts can be made, and say what is missing."""
+    need("ip", "iproute2")
+    need("unshare", "util-linux")
+    if os.geteuid():
+        skip("root is missing, and without it no network namespace can be made")
+    try:
+        with PyTorchJob("/", workers=0):
+            pass
+    except subprocess.CalledProcessError as error:
+        skip(f"the right to make network namespaces is missing: {error.stderr}")
 
 
 def new_name():

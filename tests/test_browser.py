@@ -7,14 +7,13 @@ import math
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import nbformat
 import pytest
-from conftest import ROOT, clean_environment, make_small_project, need, run
+from conftest import ROOT, clean_environment, free_port, make_small_project, need, run
 from matplotlib import image as png
 from playwright.sync_api import expect, sync_playwright
 from test_notebook import CELLS, CODE, NOTEBOOK, PICTURES, assert_is_a_picture, images_of, save_small
@@ -74,9 +73,7 @@ def lab(project, browser):
         "PATH": "",  # neither kubectl nor docker
         "OMP_NUM_THREADS": 1,  # threads that wait for each other are slow where other tests run
     }
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     flags = f"--no-browser --allow-root --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0"
     token = ["--IdentityProvider.token=", f"--ServerApp.root_dir={project}"]
     command = [sys.executable, "-m", "jupyterlab", *flags.split(), *token]

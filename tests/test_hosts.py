@@ -11,7 +11,6 @@ import time
 import pytest
 import torch
 
-from tests.conftest import need, skip
 from tests.faults import (
     OPTIONS,
     OWN_STORE,
@@ -23,22 +22,14 @@ from tests.faults import (
     trainer_of,
     weights,
 )
-from tests.hosts import Host, PyTorchJob, ip
+from tests.hosts import Host, PyTorchJob, ip, need_hosts
 
 TORCHRUN = ("-m", "torch.distributed.run")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _hosts_can_be_made():
-    need("ip", "iproute2")
-    need("unshare", "util-linux")
-    if os.geteuid():
-        skip("root is missing, and without it no network namespace can be made")
-    try:
-        with PyTorchJob("/", workers=0):
-            pass
-    except subprocess.CalledProcessError as error:
-        skip(f"the right to make network namespaces is missing: {error.stderr}")
+    need_hosts()
 
 
 @pytest.fixture(scope="session")

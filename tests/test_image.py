@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, need
+from conftest import ROOT, free_port, need
 from engine import BUILD, PERSON, running_engine
 
 # What a strict cluster allows: no network, no rights, nothing writable but what is named.
@@ -368,9 +367,7 @@ def test_the_script_mounts_other_data(engine, mnist, project):
 
 
 def test_the_script_opens_jupyterlab_in_the_project_and_only_for_who_has_the_token(engine, notebook, project):
-    with socket.socket() as any_port:
-        any_port.bind(("127.0.0.1", 0))
-        port = any_port.getsockname()[1]
+    port = free_port()
     with run_script(engine, project, "-d", "none", "-j", PORT=str(port)) as process:
         try:
             log = ""

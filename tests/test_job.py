@@ -1,15 +1,13 @@
 """The committed manifests, run as their operators would run them, on real digits: see replay.py."""
 
 import json
-import os
 import re
-import subprocess
 
 import pytest
 
-from tests.conftest import ROOT, make_small_project, need, skip
+from tests.conftest import ROOT, make_small_project, need
 from tests.faults import weights
-from tests.hosts import PyTorchJob
+from tests.hosts import need_hosts
 from tests.manifests import change, load, read_by_katib, trial
 from tests.operators import backoff_limit, pods_of
 from tests.replay import Replay
@@ -24,21 +22,12 @@ TRAIN, TEST = 400, 200
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    need("ip", "iproute2")
+    need_hosts()
     need("runc", "runc")
-    if os.geteuid():
-        skip("root is missing, and without it no container can be run")
-    try:
-        with PyTorchJob("/", workers=0):
-            pass
-    except subprocess.CalledProcessError as error:
-        skip(f"the right to make network namespaces is missing: {error.stderr}")
-    folder = tmp_path_factory.mktemp("job") / "project"
-    folder.mkdir()
-    return make_small_project(folder, TRAIN, TEST)
+    return make_small_project(tmp_path_factory.mktemp("job") / "project", TRAIN, TEST)
 
 
-def trainer_of(manifest):
+def trainer_paths(manifest):
     """Return the paths of the containers' descriptions in a manifest."""
     if manifest["kind"] == "TrainJob":
         return ["spec.trainer"]
@@ -48,7 +37,7 @@ def trainer_of(manifest):
 
 def on_one_cpu(job, **changes):
     """Return a manifest with changes to its trainer, which gets one CPU: here three pods share two."""
-    for trainer in trainer_of(job):
+    for trainer in trainer_paths(job):
         resources = "resourcesPerNode" if job["kind"] == "TrainJob" else "resources"
         job = change(job, f"{trainer}.{resources}.limits.cpu", "1")
         for field, value in changes.items():
