@@ -64,9 +64,10 @@ SHA256 = {
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 
-# How far the training has come, and the flags that must not change when it is resumed.
+# What a checkpoint holds: states, how far the training has come, and the flags that must stay the same.
+PARTS = ("model", "learner", "optimizer", "scheduler")
 PROGRESS = ("epoch", "samples_seen", "loss_sum", "seconds", "history")
-HYPERPARAMETERS = ("batch_size", "optimizer", "lr", "gamma", "momentum", "seed")
+HYPERPARAMETERS = ("batch_size", "optimizer", "lr", "gamma", "momentum", "shift", "bf16", "seed")
 
 
 # --- The model ----------------------------------------------------------------------------------
@@ -83,9 +84,8 @@ class Net(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(1, 32, kernel_size=3)
         self.conv2 = nn.Conv2d(32, 64, kernel_size=3)
-        self.dropout1 = nn.Dropout(0.25)
-        self.dropout2 = nn.Dropout(0.5)
         self.fc1 = nn.Linear(9216, 128)
+        self.dropout = nn.Dropout(0.3)
         self.fc2 = nn.Linear(128, 10)
 
     def forward(self, images):
@@ -97,9 +97,9 @@ class Net(nn.Module):
         x = F.relu(self.conv1(x))  # [N, 32, 26, 26]
         # ReLU and max-pooling may change places; after pooling only a quarter of the values is left.
         x = F.relu(F.max_pool2d(self.conv2(x), 2))  # [N, 64, 12, 12]
-        x = self.dropout1(x).flatten(1)  # [N, 9216]
-        x = self.dropout2(F.relu(self.fc1(x)))  # [N, 128]
-        return F.log_softmax(self.fc2(x), dim=1)
+        x = F.relu(self.fc1(x.flatten(1)))  # [N, 9216], then [N, 128]
+        x = self.dropout(x)
+        return F.log_softmax(self.fc2(x).float(), dim=1)
 
 
 # --- The data -----------------------------------------------------------------------------------
@@ -153,6 +153,22 @@ def epoch_order(samples, seed, epoch):
     return torch.randperm(samples, generator=torch.Generator().manual_seed(hash((seed, epoch))))
 
 
+def epoch_offsets(samples, limit, seed, epoch):
+    """Return by how many pixels an epoch moves each sample, int64 [samples, 2] from 0 to 2 * limit.
+
+    The middle, `limit`, leaves it in its place. Like the order, they follow from the seed and the epoch.
+    """
+    generator = torch.Generator().manual_seed(hash((seed, epoch, limit)))
+    return torch.randint(2 * limit + 1, (samples, 2), generator=generator)
+
+
+def shift(images, offsets, limit):
+    """Return `images`, uint8 [N, 28, 28], moved by their `offsets`, int64 [N, 2]; paper fills the gaps."""
+    framed = F.pad(images, [limit] * 4)
+    windows = framed.unfold(1, 28, 1).unfold(2, 28, 1)  # all that can be seen of them, without copying
+    return windows[torch.arange(len(images), device=images.device), offsets[:, 0], offsets[:, 1]]
+
+
 # --- Training and evaluation --------------------------------------------------------------------
 
 
@@ -162,11 +178,18 @@ class Trainer:
     def __init__(self, args, job, device):
         self.args, self.job, self.device = args, job, device
         torch.manual_seed(hash(args.seed))
-        self.model = Net().to(device, memory_format=torch.channels_last)
+        # One network learns. The other one, an average over its last steps, is tested and kept.
+        self.learner, self.model = (Net().to(device, memory_format=torch.channels_last) for _ in range(2))
         if args.optimizer == "adadelta":
-            self.optimizer = optim.Adadelta(self.model.parameters(), lr=args.lr)
+            self.optimizer = optim.Adadelta(self.learner.parameters(), lr=args.lr)
         else:
-            self.optimizer = optim.SGD(self.model.parameters(), lr=args.lr, momentum=args.momentum)
+            self.optimizer = optim.SGD(
+                self.learner.parameters(),
+                lr=args.lr,
+                momentum=args.momentum,
+                nesterov=args.momentum > 0,
+                weight_decay=5e-4,
+            )
         self.scheduler = optim.lr_scheduler.StepLR(self.optimizer, step_size=1, gamma=args.gamma)
         self.history = []  # a dict for each finished epoch: the lines of metrics.jsonl
         self.begin(epoch=1)
@@ -184,6 +207,7 @@ class Trainer:
         """
         args, rank, world_size = self.args, self.job.rank, self.job.world_size
         order = epoch_order(len(images), args.seed, self.epoch).to(self.device)
+        offsets = epoch_offsets(len(images), args.shift, args.seed, self.epoch).to(self.device)
         batch_size = args.batch_size * world_size  # of all processes together
         clock = time.perf_counter() - self.seconds
         model.train()
@@ -194,16 +218,19 @@ class Trainer:
             # Dropout's random numbers depend on the position alone, so a resumed run repeats them.
             torch.manual_seed(hash((args.seed, self.epoch, start, rank)))
             self.optimizer.zero_grad()
-            loss = F.nll_loss(model(images[share]), labels[share], reduction="sum")
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
+                output = model(shift(images[share], offsets[share], args.shift))
+            loss = F.nll_loss(output, labels[share], reduction="sum")
             # Gradients are averaged over the processes. Scaled like this, the average is the gradient
             # of the mean loss of the whole batch, even where the shares differ in length.
             (loss * world_size / len(batch)).backward()
             self.optimizer.step()
+            step, steps = start // batch_size, math.ceil(len(order) / batch_size)
+            self.average((self.epoch - 1) * steps + step)
 
             self.loss_sum += loss.detach()  # stays on the GPU: to read it at every step is to wait for it
             self.samples_seen += len(batch)
             self.seconds = time.perf_counter() - clock
-            step, steps = start // batch_size, math.ceil(len(order) / batch_size)
             if step % args.log_interval == 0:
                 value = self.finite(loss.item() / max(1, len(share)))
                 logging.info(f"Epoch: {self.epoch} ({step / steps:6.1%}) - Loss: {value}")
@@ -212,6 +239,17 @@ class Trainer:
         total = self.total_loss()  # reads the losses, so that all steps are done when the clock stops
         self.seconds = time.perf_counter() - clock
         return total / len(order)
+
+    @torch.no_grad()
+    def average(self, steps):
+        """Let the model follow the learner, of which `steps` steps were averaged before.
+
+        The weights of the last tenth of the steps count most, those of the first are soon forgotten: each
+        step overshoots a little, and in the average these errors cancel out
+        (polynomial-decay averaging, https://proceedings.mlr.press/v28/shamir13.html).
+        """
+        for average, latest in zip(self.model.parameters(), self.learner.parameters(), strict=True):
+            average.lerp_(latest, 10 / (10 + steps))
 
     def total_loss(self):
         """Return the sum of this epoch's losses so far, of all processes."""
@@ -247,7 +285,7 @@ class Trainer:
         loss_sum = self.total_loss()
         if self.job.rank > 0 or self.args.dry_run:
             return
-        checkpoint = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")}
+        checkpoint = {name: getattr(self, name).state_dict() for name in PARTS}
         checkpoint["progress"] = {name: getattr(self, name) for name in PROGRESS} | {"loss_sum": loss_sum}
         checkpoint["hyperparameters"] = {name: getattr(self.args, name) for name in HYPERPARAMETERS}
         checkpoint["world_size"] = self.job.world_size
@@ -273,9 +311,9 @@ class Trainer:
             if then != (now := getattr(self.args, name)):
                 raise ValueError(f"the checkpoint in {folder} has {name} {then}, but this run has {now}")
         try:
-            for name in ("model", "optimizer", "scheduler"):
+            for name in PARTS:
                 getattr(self, name).load_state_dict(checkpoint[name])
-        except RuntimeError as error:
+        except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"the checkpoint in {folder} does not fit this model: {reason}") from error
         vars(self).update(checkpoint["progress"])
@@ -527,6 +565,7 @@ def parse_arguments(argv):
     from_zero = number(int, lambda n: n >= 0, "a whole number of 0 or more")
     integer = number(int, lambda n: True, "a whole number")
     seconds = number(int, lambda n: 1 <= n <= 86400, "a whole number from 1 to 86400")
+    pixels = number(int, lambda n: 0 <= n <= 27, "a whole number from 0 to 27")
     rate = number(float, lambda x: 0 < x < 1e38, "a number above 0 and below 1e38")
     factor = number(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
     fraction = number(float, lambda x: 0 <= x < 1, "a number from 0 to less than 1")
@@ -536,10 +575,12 @@ def parse_arguments(argv):
     add("--epochs", metavar="N", type=count, default=5, help="passes over the training set (default: 5)")
     add("--batch-size", metavar="N", type=count, default=64, help="per process and step (default: 64)")
     add("--test-batch-size", metavar="N", type=count, default=1000, help="in evaluation (default: 1000)")
-    add("--optimizer", choices=("adadelta", "sgd"), default="adadelta", help="default: adadelta")
-    add("--lr", metavar="LR", type=rate, help="learning rate (default: 1.0 for adadelta, 0.01 for sgd)")
-    add("--gamma", metavar="M", type=factor, default=0.7, help="its factor after each epoch (default: 0.7)")
-    add("--momentum", metavar="M", type=fraction, default=0.5, help="momentum of sgd (default: 0.5)")
+    add("--optimizer", choices=("adadelta", "sgd"), default="sgd", help="default: sgd")
+    add("--lr", metavar="LR", type=rate, help="learning rate (default: 0.05 for sgd, 1.0 for adadelta)")
+    add("--gamma", metavar="M", type=factor, default=0.8, help="its factor after each epoch (default: 0.8)")
+    add("--momentum", metavar="M", type=fraction, default=0.9, help="momentum of sgd (default: 0.9)")
+    add("--shift", metavar="N", type=pixels, default=2, help="move digits by up to N pixels (default: 2)")
+    add("--bf16", action="store_true", help="multiply in bfloat16 in training: faster on some processors")
     add("--seed", metavar="S", type=integer, default=1, help="of all random numbers (default: 1)")
     add("--log-interval", metavar="N", type=count, default=10, help="batches per log line (default: 10)")
     add("--no-cuda", "--no-accel", action="store_true", help="use the CPU even where there is a GPU")
@@ -554,7 +595,7 @@ def parse_arguments(argv):
     add("--dry-run", action="store_true", help="one batch of training, one of evaluation, no files")
     args = parser.parse_args(argv)
     if args.lr is None:
-        args.lr = 1.0 if args.optimizer == "adadelta" else 0.01
+        args.lr = 1.0 if args.optimizer == "adadelta" else 0.05
     return args
 
 
@@ -592,7 +633,7 @@ def run(args, job):
         trainer = Trainer(args, job, device)
         if args.resume and not args.dry_run:
             trainer.resume()
-        model = job.distribute(trainer.model, training_set[0][:1])
+        model = job.distribute(trainer.learner, training_set[0][:1])
         try:
             while trainer.epoch <= args.epochs:
                 train_loss = trainer.train(model, *training_set)

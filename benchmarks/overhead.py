@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
+
 import mnist
 
 PAIRS, STEPS = 30, 20
@@ -28,7 +30,7 @@ def main():
             mnist.unpack_mnist(args.data_dir)
         job.sum(0)  # a barrier: now all is unpacked
         (images, labels), _ = mnist.load_mnist(args.data_dir)
-        trainer = mnist.Trainer(args, job, "cpu")
+        trainer = mnist.Trainer(args, job, torch.device("cpu"))
         model = job.distribute(trainer.model, images[:1])
         agree, samples = job.stop_if_asked, STEPS * args.batch_size * job.world_size
 

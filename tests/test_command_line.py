@@ -25,12 +25,13 @@ def refuse(capsys):
 def test_defaults_are_those_of_the_plan():
     args = vars(mnist.parse_arguments([]))
     assert args == {
-        "epochs": 5, "batch_size": 64, "test_batch_size": 1000, "optimizer": "adadelta", "lr": 1.0,
-        "gamma": 0.7, "momentum": 0.5, "seed": 1, "log_interval": 10, "no_cuda": False, "backend": None,
-        "num_processes": 1, "data_dir": "datasets", "output_dir": "output", "resume": False,
-        "checkpoint_interval": 0, "timeout": 60, "save_model": False, "dry_run": False,
+        "epochs": 5, "batch_size": 64, "test_batch_size": 1000, "optimizer": "sgd", "lr": 0.05,
+        "gamma": 0.8, "momentum": 0.9, "shift": 2, "bf16": False, "seed": 1, "log_interval": 10,
+        "no_cuda": False, "backend": None, "num_processes": 1, "data_dir": "datasets",
+        "output_dir": "output", "resume": False, "checkpoint_interval": 0, "timeout": 60,
+        "save_model": False, "dry_run": False,
     }  # fmt: skip
-    assert mnist.parse_arguments(["--optimizer", "sgd"]).lr == 0.01
+    assert mnist.parse_arguments(["--optimizer", "adadelta"]).lr == 1.0
     assert mnist.parse_arguments(["--no-accel"]).no_cuda
 
 
@@ -46,6 +47,7 @@ BAD_VALUES = {
     "--lr": ["0", "-1", "nan", "inf", "fast"],
     "--gamma": ["0", "1.1", "-0.7", "nan"],
     "--momentum": ["1", "-0.1", "nan"],
+    "--shift": ["-1", "28", "1.5", "left"],
 }
 
 

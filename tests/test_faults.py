@@ -336,10 +336,11 @@ def test_a_second_run_into_the_same_folder_is_refused(project, trainer):
     ("name", "then", "now"),
     [
         ("batch_size", 30, 31),
-        ("optimizer", "adadelta", "sgd"),
-        ("lr", 1.0, 0.5),
-        ("gamma", 0.7, 0.8),
-        ("momentum", 0.5, 0.6),
+        ("optimizer", "sgd", "adadelta"),
+        ("lr", 0.05, 0.5),
+        ("gamma", 0.8, 0.6),
+        ("momentum", 0.9, 0.6),
+        ("shift", 2, 1),
         ("seed", 1, 2),
     ],
 )

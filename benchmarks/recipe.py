@@ -1,0 +1,66 @@
+"""How well the trainer's recipe reads: mean and spread over several seeds, after every epoch.
+
+python benchmarks/recipe.py                        the figures of the README, on the test images
+python benchmarks/recipe.py --validate --lr 0.1    to tune: on the last 10,000 training images
+
+All other flags are mnist.py's own. One process for each processor, with one thread, trains one seed after
+the other. Whoever chooses a recipe by the test images has learned from them, hence --validate: then they
+are not looked at, and the training has the first 50,000 images only.
+"""
+
+import argparse
+import functools
+import logging
+import multiprocessing
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import mnist
+
+HELD_OUT = 10_000
+
+
+def learn(seed, flags, validate):
+    """Return the accuracies after each epoch, in per cent."""
+    logging.disable()
+    torch.set_num_threads(1)
+    args, job = mnist.parse_arguments([*flags, "--seed", str(seed)]), mnist.Job()
+    training_set, test_set = mnist.load_mnist(args.data_dir)
+    if validate:
+        test_set = [tensor[-HELD_OUT:] for tensor in training_set]
+        training_set = [tensor[:-HELD_OUT] for tensor in training_set]
+    trainer = mnist.Trainer(args, job, torch.device("cpu"))
+    accuracies = []
+    for epoch in range(1, args.epochs + 1):
+        trainer.begin(epoch)
+        trainer.train(trainer.learner, *training_set)
+        trainer.scheduler.step()
+        _, correct = mnist.test(trainer.model, *test_set, args.test_batch_size, job)
+        accuracies.append(100 * correct / len(test_set[0]))
+    print(f"seed {seed}:", *(f"{accuracy:.2f}" for accuracy in accuracies), flush=True)
+    return accuracies
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--validate", action="store_true", help="on the last 10,000 training images")
+    ours, flags = parser.parse_known_args()
+    mnist.unpack_mnist(mnist.parse_arguments(flags).data_dir)
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        task = functools.partial(learn, flags=flags, validate=ours.validate)
+        runs = pool.map(task, ours.seeds, chunksize=1)
+    print(f"torch {torch.__version__}, {len(runs)} seed(s), mean ± standard deviation, in per cent:")
+    for epoch, accuracies in enumerate(zip(*runs, strict=True), start=1):
+        spread = f" ± {statistics.stdev(accuracies):.3f}" if len(runs) > 1 else ""
+        print(f"after epoch {epoch}: {statistics.mean(accuracies):.3f}{spread}")
+
+
+if __name__ == "__main__":
+    main()
