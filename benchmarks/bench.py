@@ -37,6 +37,7 @@ IMAGES = 60_000
 GOAL = 0.99
 FINAL = 5  # epochs after which accuracies are compared: mnist.py's default
 LIMIT = 3600  # seconds until a contender is taken to hang
+NOTHING = "—"  # in the table, where nothing was measured
 PACKAGES = ("torch", "torchvision", "lightning", "pytorch-ignite", "keras", "flax", "jax")
 
 
@@ -87,6 +88,7 @@ CONTENDERS = (
     Contender("keras_own", "Keras on JAX, its example's network", "with_keras.py", ("--own",)),
     Contender("flax_own", "Flax, its example's network", "with_flax.py", ("--own",)),
 )
+KEYS = [contender.key for contender in CONTENDERS]
 
 
 # --- Running --------------------------------------------------------------------------------------
@@ -171,25 +173,25 @@ def compare(contenders, args, keep):
     """Run all, in rounds and then for long. Calls `keep` with what was seen of each run."""
     broken = set()
 
-    def turn(contender, kind, *rest, **options):
+    def turn(contender, number, *rest, **options):
         if contender.key in broken:
             return
-        seen = {"kind": kind, **run(contender, *rest, threads=args.threads, images=args.images, **options)}
+        seen = {"round": number, **run(contender, *rest, threads=args.threads, images=args.images, **options)}
         if seen["error"]:
             broken.add(contender.key)
         keep(seen)
 
-    for number in range(args.rounds):
+    for number in range(1, args.rounds + 1):
         same_work = [contender for contender in contenders if not contender.own]
-        first = number * len(same_work) // args.rounds
+        first = (number - 1) * len(same_work) // args.rounds
         for contender in same_work[first:] + same_work[:first]:
-            turn(contender, "round", args.epochs)
+            turn(contender, number, args.epochs)
 
     def enough(epochs):
         return len(epochs) >= min(FINAL, args.cap) and max(epoch["accuracy"] for epoch in epochs) >= GOAL
 
     for contender in contenders if args.cap else ():
-        turn(contender, "long", args.cap, enough=enough)
+        turn(contender, None, args.cap, enough=enough)  # belongs to no round
 
 
 def machine(args):
@@ -207,9 +209,7 @@ def machine(args):
         "cpu": model[1] if model else platform.processor() or platform.machine(),
         "python": platform.python_version(),
         "packages": versions,
-        "contenders": [
-            contender.key for contender in CONTENDERS if not args.only or contender.key in args.only
-        ],
+        "contenders": [key for key in KEYS if key in (args.only or KEYS)],
         "threads": args.threads,
         "images": args.images or IMAGES,
         "rounds": args.rounds,
@@ -230,8 +230,8 @@ def summary(contender, results):
     runs = [run for run in results["runs"] if run["contender"] == contender.key]
     row = {"title": contender.title, "key": contender.key, "own": contender.own}
     row["error"] = next((run["error"] for run in runs if run["error"]), None)
-    rounds = [run for run in runs if run["kind"] == "round" and not run["error"]]
-    long = next((run for run in runs if run["kind"] == "long" and not run["error"]), None)
+    rounds = [run for run in runs if run["round"] and not run["error"]]
+    long = next((run for run in runs if not run["round"] and not run["error"]), None)
     measured = rounds or ([long] if long else [])
     epochs = [epoch for run in measured for epoch in run["epochs"]]
 
@@ -244,13 +244,8 @@ def summary(contender, results):
     row["peak_memory"] = median([run["peak_memory"] for run in measured])
     row["start_up"] = median([run["start_up"] for run in measured])
     # A ratio within each round: both had the same neighbours then.
-    ours = [run for run in results["runs"] if run["contender"] == OURS.key and run["kind"] == "round"]
-    ratios = [
-        statistics.mean(epoch["seconds"] for epoch in its["epochs"])
-        / statistics.mean(epoch["seconds"] for epoch in our["epochs"])
-        for its, our in zip(rounds, ours, strict=False)
-        if our["epochs"]
-    ]
+    ours = {run["round"]: run for run in results["runs"] if run["contender"] == OURS.key and not run["error"]}
+    ratios = [mean_seconds(run) / mean_seconds(ours[run["round"]]) for run in rounds if run["round"] in ours]
     row["ratio"] = median(ratios)
     row["to_goal"] = row["epochs_to_goal"] = row["final"] = None
     if long:
@@ -262,23 +257,27 @@ def summary(contender, results):
     return row
 
 
+def mean_seconds(run):
+    return statistics.mean(epoch["seconds"] for epoch in run["epochs"])
+
+
 def table(results):
     """Return the results as Markdown."""
     few = "" if results["images"] == IMAGES else f", {results['images']:,} images only"
     versions = ", ".join(f"{name} {version}" for name, version in results["packages"].items() if version)
     lines = [
-        f"{results['cpu']}, {results['threads']} threads{few}; {results['date']}; Python {results['python']}, "
-        f"{versions}. Medians of {results['rounds']} rounds.",
+        f"{results['cpu']}, {plural(results['threads'], 'thread')}{few}; {results['date']}; "
+        f"Python {results['python']}, {versions}. Medians of {plural(results['rounds'], 'round')}.",
         "",
         "| trainer | an epoch | ratio to mnist.py | images a second | CPU time | peak memory | start "
-        f"| to {GOAL:.0%} | after {min(FINAL, results['cap'])} epochs |",
+        f"| to {percent(GOAL, 0)} | after {plural(min(FINAL, results['cap']), 'epoch')} |",
         "|---|" + "--:|" * 8,
     ]
     for row in summarise(results):
         if row["error"]:
             lines.append(f"| {row['title']} | {row['error'].replace('|', '/')} |" + " |" * 7)
             continue
-        goal = f"not in {results['cap']} epochs" if results["cap"] else "–"
+        goal = f"not in {plural(results['cap'], 'epoch')}" if row["final"] else NOTHING
         if row["to_goal"]:
             goal = f"{row['to_goal']:.0f} s ({plural(row['epochs_to_goal'], 'epoch')})"
         cells = (
@@ -290,14 +289,18 @@ def table(results):
             show(row["peak_memory"], "{:.2f} GiB", 2**30),
             show(row["start_up"], "{:.1f} s"),
             goal,
-            show(row["final"], "{:.2%}"),
+            percent(row["final"]) if row["final"] else NOTHING,
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def show(number, form, unit=1):
-    return "–" if number is None else form.format(number / unit)
+    return NOTHING if number is None else form.format(number / unit)
+
+
+def percent(share, digits=2):
+    return f"{100 * share:.{digits}f} %"
 
 
 def plural(number, thing):
@@ -346,9 +349,7 @@ def draw(results, picture):
         for row in rows
     ]
     bars(right, rows, [row["to_goal"] for row in rows], texts)
-    right.set_title(
-        f"Seconds of training to {GOAL:.0%} on the test set; grey: a smaller network", fontsize=10
-    )
+    right.set_title(f"Seconds to {percent(GOAL, 0)} of the test set (grey: a smaller network)", fontsize=10)
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 
@@ -405,9 +406,10 @@ def main(argv=None):
         results["runs"].append(seen)
         args.results.write_text(json.dumps(results, indent=1) + "\n")  # at once: the next may take long
         what = seen["error"] or ", ".join(
-            f"{epoch['seconds']:.1f} s {epoch['accuracy']:.2%}" for epoch in seen["epochs"]
+            f"{epoch['seconds']:.1f} s {percent(epoch['accuracy'])}" for epoch in seen["epochs"]
         )
-        print(f"{seen['kind']} {seen['contender']}: {what}", flush=True)
+        name = f"round {seen['round']}" if seen["round"] else "long run"
+        print(f"{name}, {seen['contender']}: {what}", flush=True)
 
     compare([contender for contender in CONTENDERS if contender.key in results["contenders"]], args, keep)
     print(f"\n{table(results)}")

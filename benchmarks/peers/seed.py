@@ -1,4 +1,4 @@
-"""The method of the tutorial that this one descends from (Kubeflow's MNIST with PyTorch).
+"""The method of the tutorial that this one descends from.
 
 It is PyTorch's own example but for two things: its dropout leaves out whole channels of the images, and it
 shuffles the test set. Like there, the training set is not shuffled.
