@@ -375,13 +375,7 @@ def parse_arguments(argv):
     add("--cap", type=int, default=10, help="epochs in which to reach 99 %%; 0: do not try (default: 10)")
     add("--threads", type=int, default=len(cores), help="of each contender (default: all cores)")
     add("--images", type=int, help="a trial on so many images; prints the table only")
-    add(
-        "--only",
-        nargs="+",
-        choices=[contender.key for contender in CONTENDERS],
-        metavar="NAME",
-        help="a trial",
-    )
+    add("--only", nargs="+", choices=KEYS, metavar="NAME", help=f"a trial with some of {', '.join(KEYS)}")
     add("--results", type=Path, help="where the raw results go (default: benchmarks/results.json)")
     add("--render", action="store_true", help="run nothing, write pages and picture from the results")
     args = parser.parse_args(argv)
