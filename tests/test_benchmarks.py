@@ -222,12 +222,12 @@ def test_a_step_of_training_is_no_slower_than_the_seeds(digits, one_thread, trai
             F.nll_loss(model(batch), its_labels).backward()
             optimizer.step()
 
-    # Seen: 1.00 to 1.02 on a busy machine, of which normalising is a part.
-    assert median_ratio(ours, seeds, pairs=12) < 1.34
+    # Seen on a busy machine: 0.98 to 1.02, with a normalisation that the other has not got.
+    assert median_ratio(ours, seeds, pairs=12) < 1.25
 
 
 def test_convolutions_get_channels_last(digits, trainer):
-    """A tenth of a step's time hangs on this layout, too little for a test that measures time."""
+    """A tenth of a step's time hangs on this layout: too little to be seen for certain in a ratio."""
     layouts = []
     trainer.model.conv2.register_forward_hook(
         lambda layer, inputs, output: layouts.extend(
@@ -259,6 +259,5 @@ def test_images_come_from_memory(digits, one_thread, trainer):
         trainer.begin(trainer.epoch + 1)
         trainer.train(nothing, images, labels)
 
-    ratio = median_ratio(ours, lambda: list(loader), pairs=12)
-    print(ratio)
-    assert ratio < 0.5
+    # Seen on a busy machine: 0.15 to 0.16, and with digits moved at random 0.24 to 0.30.
+    assert median_ratio(ours, lambda: list(loader), pairs=12) < 0.4
