@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: notebook test lab lint notebook-refresh faults requirements system-packages
+.PHONY: notebook test lab lint notebook-refresh faults bench requirements system-packages
 
 notebook: .venv/notebook
 	$(BIN)/papermill notebooks/mnist.ipynb out.ipynb -p epochs 1 --log-output --no-progress-bar
@@ -38,9 +38,18 @@ notebook-refresh: .venv/notebook
 faults: .venv/tests
 	$(BIN)/python -m tests.faults
 
+# Other libraries on the same work. Renews benchmarks/README.md, the table in README.md and docs/bench.png.
+bench: .venv/bench
+	$(BIN)/python benchmarks/bench.py
+
+.venv/bench: .venv/notebook requirements-bench.in requirements-bench.txt
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -r requirements-bench.in -c requirements-bench.txt -c requirements-dev.txt -c requirements.txt
+	touch $@
+
 requirements: .venv/uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements.in -o requirements.txt
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements-dev.in -c requirements.txt -o requirements-dev.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements-bench.in -c requirements-dev.txt -c requirements.txt -o requirements-bench.txt
 
 # For the tests that pip alone cannot provide for. Debian and Ubuntu; needs root.
 system-packages:

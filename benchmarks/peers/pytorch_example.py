@@ -1,0 +1,27 @@
+"""The method of PyTorch's own example (pytorch/examples, mnist): a plain loop over a DataLoader.
+
+Like there, the images are not shuffled on the CPU.
+"""
+
+import torch
+from shared import Reports, parse_arguments
+from shared_torch import Net, adadelta, evaluate, loaders, train
+
+
+def main():
+    args = parse_arguments(__doc__)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(1)
+    training_set, test_set = loaders(args.images)
+    model = Net()
+    optimizer, scheduler = adadelta(model)
+    reports = Reports()
+    reports.ready()
+    for _ in range(args.epochs):
+        train(model, training_set, optimizer)
+        reports.finished_epoch(evaluate(model, test_set))
+        scheduler.step()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What the peers that use PyTorch share: the network, and the digits decoded one by one by torchvision."""
+
+import sys
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from shared import BATCH, DATA, GAMMA, MEAN, PARAMETERS, RATE, STD, TEST_BATCH
+from torch.utils.data import DataLoader, Subset
+from torchvision import datasets, transforms
+
+
+class Net(nn.Module):
+    """The network of PyTorch's own example, on normalised images [N, 1, 28, 28]."""
+
+    def __init__(self, dropout=nn.Dropout):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, 3)
+        self.conv2 = nn.Conv2d(32, 64, 3)
+        self.dropout1 = dropout(0.25)
+        self.dropout2 = dropout(0.5)
+        self.fc1 = nn.Linear(9216, 128)
+        self.fc2 = nn.Linear(128, 10)
+        assert sum(p.numel() for p in self.parameters()) == PARAMETERS
+
+    def forward(self, x):
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        x = self.dropout1(F.max_pool2d(x, 2)).flatten(1)
+        x = self.dropout2(F.relu(self.fc1(x)))
+        return F.log_softmax(self.fc2(x), dim=1)
+
+
+def adadelta(model):
+    """Return the optimizer that all use, and what lowers its rate after each epoch."""
+    optimizer = torch.optim.Adadelta(model.parameters(), lr=RATE)
+    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=GAMMA)
+
+
+def loaders(images=None, shuffle=False, shuffle_test=False):
+    """Return the loaders of the training set and of the test set."""
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
+    sets = [datasets.MNIST(DATA, train=train, transform=transform) for train in (True, False)]
+    if images:
+        sets = [Subset(digits, range(images)) for digits in sets]
+    training_set, test_set = sets
+    return (
+        DataLoader(training_set, batch_size=BATCH, shuffle=shuffle),
+        DataLoader(test_set, batch_size=TEST_BATCH, shuffle=shuffle_test),
+    )
+
+
+def train(model, loader, optimizer):
+    """Train for an epoch, and show the loss at every tenth step."""
+    model.train()
+    for step, (images, labels) in enumerate(loader):
+        optimizer.zero_grad()
+        loss = F.nll_loss(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 0:
+            print(f"{step / len(loader):6.1%} - Loss: {loss.item()}", file=sys.stderr)
+
+
+@torch.no_grad()
+def evaluate(model, loader):
+    """Return the share of right answers; the mean loss is computed too, as the examples do."""
+    model.eval()
+    loss, correct = 0.0, 0
+    for images, labels in loader:
+        output = model(images)
+        loss += F.nll_loss(output, labels, reduction="sum").item()
+        correct += (output.argmax(dim=1) == labels).sum().item()
+    return correct / len(loader.dataset)
