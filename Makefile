@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: notebook test lab lint notebook-refresh faults requirements system-packages
+.PHONY: notebook test lab lint notebook-refresh faults scale requirements system-packages
 
 notebook: .venv/notebook
 	$(BIN)/papermill notebooks/mnist.ipynb out.ipynb -p epochs 1 --log-output --no-progress-bar
@@ -37,6 +37,10 @@ notebook-refresh: .venv/notebook
 # Kills, signals and damage at random, for longer than CI has time.
 faults: .venv/tests
 	$(BIN)/python -m tests.faults
+
+# How training scales over processes and hosts; needs root, and a machine that does nothing else.
+scale: .venv/tests
+	$(BIN)/python benchmarks/scale.py
 
 requirements: .venv/uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements.in -o requirements.txt
