@@ -162,10 +162,13 @@ def fit(all_reduces, steps=()):
     costs = np.zeros(matrix.shape[1])
     costs[used] = weights / scale
     model = Model(*costs.tolist())
-    if steps:
-        squares = np.array([seconds**-2 for *_, seconds in steps])
-        missing = np.array([seconds - model.step(*row) for *row, seconds in steps])
-        model.bucket = max(0.0, float((squares * missing).sum() / squares.sum()) / len(BUCKETS))
+    low, high = 0.0, max((seconds for *_, seconds in steps), default=0.0)
+    for _ in range(
+        50
+    ):  # computing may hide a bucket, so a step is not linear in its cost: halve the interval
+        model.bucket = (low + high) / 2
+        too_long = sum(model.step(*place) / seconds - 1 for *place, seconds in steps) > 0
+        low, high = (low, model.bucket) if too_long else (model.bucket, high)
     return model
 
 

@@ -75,7 +75,7 @@ def test_the_buckets_are_those_of_the_network():
     net = scale.mnist.Net()
     linear = sum(tensor.numel() for layer in (net.fc1, net.fc2) for tensor in layer.parameters())
     assert sum(tensor.numel() for tensor in net.parameters()) == scale.PARAMETERS
-    assert scale.BUCKETS == (4 * linear, 4 * (scale.PARAMETERS - linear))
+    assert (4 * linear, 4 * (scale.PARAMETERS - linear)) == scale.BUCKETS
 
 
 def test_the_tables_keep_the_rest_of_the_page(tmp_path, monkeypatch):
@@ -112,4 +112,4 @@ def test_a_slow_link_takes_about_what_the_model_says(tmp_path, delay):
     assert expected / 2 < sorted(result["all_reduce"])[1] < expected * 2
     assert 70 < result["link"]["mbit"] < 105
     assert 2 * delay <= result["link"]["round_trip"] < 2 * delay + 0.02
-    assert result["sent"] == pytest.approx(1, rel=0.15)  # half of the sums, then half of the bytes
+    assert result["sent"] == pytest.approx(1, rel=0.15)  # half of the numbers to add up, half of the sums
