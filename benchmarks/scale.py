@@ -163,9 +163,7 @@ def fit(all_reduces, steps=()):
     costs[used] = weights / scale
     model = Model(*costs.tolist())
     low, high = 0.0, max((seconds for *_, seconds in steps), default=0.0)
-    for _ in range(
-        50
-    ):  # computing may hide a bucket, so a step is not linear in its cost: halve the interval
+    for _ in range(50):  # it may be hidden, so a step is not linear in it: halve the interval
         model.bucket = (low + high) / 2
         too_long = sum(model.step(*place) / seconds - 1 for *place, seconds in steps) > 0
         low, high = (low, model.bucket) if too_long else (model.bucket, high)
