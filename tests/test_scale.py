@@ -101,15 +101,15 @@ def test_a_page_without_the_marks_is_refused():
         scale.replace_between("# Nothing\n", "scale", "new")
 
 
-@pytest.mark.parametrize("delay", [0, 0.01], ids=["near", "far"])
-def test_a_slow_link_takes_about_what_the_model_says(tmp_path, delay):
+def test_a_slow_link_takes_about_what_the_model_says(tmp_path):
     need_hosts()
     need("tc", "iproute2")
-    link = Link(2, 100, delay)
+    rate, delay = 100, 0.01
+    link = Link(2, rate, delay)
     task = {"steps": 2, "pace": scale.asdict(PACE), "variants": ["default"], "in_earnest": False}
     result = scale.measure_hosts(link, tmp_path, **task)
-    expected = TRUE.all_reduce(2, 4 * scale.PARAMETERS, 100, delay)
+    expected = TRUE.all_reduce(2, 4 * scale.PARAMETERS, rate, delay)
     assert expected / 2 < sorted(result["all_reduce"])[1] < expected * 2
-    assert 70 < result["link"]["mbit"] < 105
+    assert 0.7 * rate < result["link"]["mbit"] < rate
     assert 2 * delay <= result["link"]["round_trip"] < 2 * delay + 0.02
     assert result["sent"] == pytest.approx(1, rel=0.15)  # half of the numbers to add up, half of the sums
