@@ -15,6 +15,7 @@ sleeping for as long as it takes one undisturbed process, in the places where a 
 import argparse
 import json
 import logging
+import math
 import os
 import platform
 import socket
@@ -41,6 +42,7 @@ import mnist
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, IMAGES = 64, 60_000
 PARAMETERS = 1_199_882
+SIZES = {"large": PARAMETERS, "middle": 40_000, "small": 1}  # of the all-reduces that are measured
 # DDP's buckets with its defaults: the linear layers, whose gradients are the first, and the convolutions.
 BUCKETS = (4 * 1_181_066, 4 * 18_816)
 AGREEMENT = 8  # bytes: mnist.py agrees at every step on whether to stop
@@ -60,18 +62,19 @@ class Link:
         return f"{self.hosts} hosts, {rate}" + (f", {self.delay * 1000:g} ms" if self.delay else "")
 
 
-# Over a long wire 10 Gbit/s cannot be had here: delay.py hands on about 3.
+# With a delay, all hosts together can have no more than 3 Gbit/s: that is what delay.py hands on.
 FITTED = [
     Link(2, 10_000),
     *(Link(2, rate, delay) for rate in (1000, 100) for delay in (0, 0.001, 0.01)),
     Link(3, 10_000),
     Link(3, 100, 0.001),
-    Link(3, 1000, 0.01),
+    Link(3, 300, 0.01),
     Link(4, 1000),
     Link(4, 100),
-    Link(4, 1000, 0.001),
+    Link(4, 300, 0.001),
+    Link(4, 300, 0.01),
 ]
-HELD_OUT = [Link(3, 1000), Link(2, 300, 0.005), Link(4, 300, 0.002), Link(8, 100, 0.001)]
+HELD_OUT = [Link(3, 1000), Link(2, 300, 0.005), Link(4, 100, 0.005), Link(8, 100, 0.001), Link(8, 300, 0.01)]
 # Where processes compute in earnest too: the last with more of them than cores, to see what that does.
 IN_EARNEST = [Link(2, 10_000), Link(2, 1000), Link(2, 100), Link(2, 1000, 0.001), Link(4, 1000)]
 VARIED = [Link(2, 100), Link(2, 1000), Link(2, 1000, 0.01)]
@@ -104,19 +107,23 @@ class Pace:
 
 @dataclass
 class Model:
-    """What communication costs, in seconds."""
+    """What communication costs, in seconds where nothing else is said."""
 
     start: float  # once in an all-reduce
-    hop: float  # to hand a piece on to the next worker of the ring
-    trips: float  # no seconds: how often the wire's delay is waited for at each hop
+    hop: float  # a piece that is waited for, on its way to the next worker of the ring
+    trips: float  # how many of the wire's delays that takes
+    asks: float  # how many more where a worker has to be ready for the piece before it is sent
     byte: float  # to copy and add up a byte
-    frames: float  # no seconds: how much is sent for each byte, as a ratio; headers are sent too
+    frames: float  # the bytes on the wire for each byte: headers are sent too
     bucket: float = 0.0  # to DDP, for each of its buckets
+
+    @property
+    def costs(self):
+        return np.array([self.start, self.hop, self.trips, self.asks, self.byte, self.frames])
 
     def all_reduce(self, workers, size, rate, delay):
         """Return the seconds for `size` bytes, where each worker sends at `rate` Mbit/s."""
-        costs = (self.start, self.hop, self.trips, self.byte, self.frames)
-        return float(np.dot(costs, features(workers, size, rate, delay)))
+        return float(max(bounds(workers, size, rate, delay) @ self.costs))
 
     def step(self, pace, workers, rate, delay, buckets=BUCKETS):
         """Return the seconds of a step: agreement, computing, and what computing does not hide of the rest.
@@ -133,35 +140,63 @@ class Model:
         return end
 
 
-def features(workers, size, rate, delay):
-    """Return what an all-reduce has of each of the Model's costs.
+def bounds(workers, size, rate, delay):
+    """Return what an all-reduce has of each of the Model's costs, in rows: it takes as long as the longest.
 
-    gloo passes pieces around a ring: N - 1 hops to add them up and N - 1 to tell the sums, with 1/N of the
-    bytes at each.
+    gloo cuts the bytes into pieces, two or more for each worker and of no more than 1 MB, and passes them
+    around a ring, first to add them up and then to tell the sums. Two are under way at a time. So either the
+    wire is always busy, or every other piece waits for the one two before it to arrive.
     """
-    hops = 2 * (workers - 1)
-    moved = hops / workers * size
-    return [float(workers > 1), hops, hops * delay, moved, moved * 8e-6 / rate]
+    if workers == 1:
+        return np.zeros((1, 6))
+    if size <= AGREEMENT:  # a number is a single piece, and everybody is ready for it
+        hops = 2 * (workers - 1)
+        return np.array([[1, hops, hops * delay, 0, 0, 0]])
+    pieces = math.ceil(max(2 * workers, size / 2**20) / workers) * workers
+    passed, piece = pieces - pieces // workers, size / pieces  # in each half
+    pairs = math.ceil(passed / 2)
+    return np.array(
+        [
+            [
+                1,
+                2 * waits,
+                2 * waits * delay,
+                2 * waits * delay,
+                2 * sent * piece,
+                2 * sent * piece * 8e-6 / rate,
+            ]
+            for waits, sent in ((1, passed), (pairs, pairs + (passed % 2 == 0)))
+        ]
+    )
+
+
+def least_squares(matrix):
+    """Return costs, none of them below 0, with which all rows come to about 1."""
+    used = list(range(matrix.shape[1]))
+    while True:
+        scale = np.linalg.norm(matrix[:, used], axis=0)  # for their sizes lie far apart
+        weights = np.linalg.lstsq(matrix[:, used] / scale, np.ones(len(matrix)), rcond=None)[0]
+        if min(weights) >= 0:
+            break
+        del used[int(np.argmin(weights))]
+    costs = np.zeros(matrix.shape[1])
+    costs[used] = weights / scale
+    return costs.tolist()
 
 
 def fit(all_reduces, steps=()):
     """Return the Model whose errors are least, as ratios to what was measured.
 
     `all_reduces` are (workers, bytes, rate, delay, seconds), `steps` (pace, workers, rate, delay, seconds).
-    No cost is below 0: the one that would be lowest is left out, until none is.
     """
     seconds = np.array([row[-1] for row in all_reduces])
-    matrix = np.array([features(*row[:-1]) for row in all_reduces]) / seconds[:, None]
-    used = list(range(matrix.shape[1]))
-    while True:
-        scale = np.linalg.norm(matrix[:, used], axis=0)  # for their sizes lie far apart
-        weights = np.linalg.lstsq(matrix[:, used] / scale, np.ones(len(seconds)), rcond=None)[0]
-        if min(weights) >= 0:
-            break
-        del used[int(np.argmin(weights))]
-    costs = np.zeros(matrix.shape[1])
-    costs[used] = weights / scale
-    model = Model(*costs.tolist())
+    rows = [bounds(*row[:-1]) for row in all_reduces]
+    model = Model(start=0, hop=1e-4, trips=1, asks=1, byte=5e-10, frames=1.05)
+    for _ in range(
+        20
+    ):  # which of its bounds holds for an all-reduce depends on the costs that are looked for
+        matrix = np.array([each[np.argmax(each @ model.costs)] for each in rows]) / seconds[:, None]
+        model = Model(*least_squares(matrix))
     low, high = 0.0, max((seconds for *_, seconds in steps), default=0.0)
     for _ in range(50):  # it may be hidden, so a step is not linear in it: halve the interval
         model.bucket = (low + high) / 2
@@ -199,8 +234,9 @@ class Sleeper(nn.Module):
     def forward(self, signal):
         net, pace = self.net, self.pace
         convolutions = [*net.conv1.parameters(), *net.conv2.parameters()]
-        signal = Pause.apply(signal, pace.rest, pace.tail, *convolutions)
-        return Pause.apply(signal, 0, pace.head, *net.fc1.parameters(), *net.fc2.parameters())
+        linear = [*net.fc1.parameters(), *net.fc2.parameters()]
+        signal = Pause.apply(signal, pace.rest, pace.tail, *reversed(convolutions))
+        return Pause.apply(signal, 0, pace.head, *reversed(linear))
 
 
 def distribute(model, variant):
@@ -279,8 +315,8 @@ def measure_pace(run, trainer_model, steps):
 def measure_all_reduce(job, elements, times):
     """Return the seconds of each of so many all-reduces of float32."""
     tensor, seconds = torch.zeros(elements), []
+    job.sum(0)  # a barrier; none in between, which some would leave before others
     for _ in range(times + 1):
-        job.sum(0)  # a barrier
         begin = time.perf_counter()
         dist.all_reduce(tensor)
         seconds.append(time.perf_counter() - begin)
@@ -341,10 +377,10 @@ def work(task):
         if rate := task.get("rate"):
             result["link"] = measure_link(job, int(max(2e6, rate * 1e6 / 8 * 0.3)))
             before = bytes_sent()
-            result["all_reduce"] = measure_all_reduce(job, PARAMETERS, max(3, steps // 2))
-            sent = (bytes_sent() - before) / (1 + len(result["all_reduce"]))
-            result["sent"] = sent / (4 * PARAMETERS)
-            result["small"] = measure_all_reduce(job, 1, 10 * steps)
+            result["large"] = measure_all_reduce(job, SIZES["large"], steps)
+            result["sent"] = (bytes_sent() - before) / (1 + steps) / (4 * PARAMETERS)
+            result["middle"] = measure_all_reduce(job, SIZES["middle"], 3 * steps)
+            result["small"] = measure_all_reduce(job, SIZES["small"], 10 * steps)
             pace = Pace(**task["pace"])
             for variant in task["variants"]:
                 run, model = bench_asleep(job, variant, pace)
@@ -460,8 +496,9 @@ def observed(rounds, link):
     """Return the medians for a Link: what fit() takes of all-reduces, and of a step."""
     name, place = str(link), (link.hosts, link.rate, link.delay)
     workers, *wire = place
-    large, small = (middle(rounds, name, kind)[1] for kind in ("all_reduce", "small"))
-    all_reduces = [(workers, 4 * PARAMETERS, *wire, large), (workers, 4, *wire, small)]
+    all_reduces = [
+        (workers, 4 * elements, *wire, middle(rounds, name, kind)[1]) for kind, elements in SIZES.items()
+    ]
     pace = Pace(
         *(middle(rounds, "1 process, 1 thread", "pace", part)[1] for part in ("rest", "head", "tail"))
     )
@@ -512,14 +549,14 @@ def links_table(rounds, model):
     rows = []
     for link in FITTED:
         name = str(link)
-        (reduced, _), (pace, *_, together) = observed(rounds, link)
+        (reduced, *_), (pace, *_, together) = observed(rounds, link)
         error = model.all_reduce(*reduced[:-1]) / reduced[-1] - 1
         rows.append(
             [
                 name,
                 f"{middle(rounds, name, 'link', 'mbit')[1]:.0f}",
                 f"{middle(rounds, name, 'link', 'round_trip')[1] * 1000:.2f}",
-                spread(middle(rounds, name, "all_reduce"), 1000),
+                spread(middle(rounds, name, "large"), 1000),
                 f"{error:+.0%}",
                 spread(middle(rounds, name, "steps", "asleep, default", "together"), 1000),
                 f"{1 - pace.step / together:.0%}",
@@ -557,17 +594,19 @@ def variants_table(rounds):
 def held_out_table(rounds, model):
     rows = []
     for link in HELD_OUT:
-        (reduced, _), (*place, together) = observed(rounds, link)
+        (large, _, small), (*place, together) = observed(rounds, link)
         cells = [link]
         for seen, predicted in (
-            (reduced[-1], model.all_reduce(*reduced[:-1])),
+            (large[-1], model.all_reduce(*large[:-1])),
+            (small[-1], model.all_reduce(*small[:-1])),
             (together, model.step(*place)),
         ):
             cells += [f"{seen * 1000:.1f}", f"{predicted * 1000:.1f}", f"{predicted / seen - 1:+.0%}"]
         rows.append(cells)
-    return table(
-        ["kept from the fit", "all-reduce, ms", "model", "error", "step, ms", "model", "error"], rows
-    )
+    head = ["kept from the fit"]
+    for what in ("all-reduce", "of one number", "step"):
+        head += [f"{what}, ms", "model", "error"]
+    return table(head, rows)
 
 
 def prediction_table(predicted):
@@ -588,7 +627,8 @@ def costs_table(models):
     what = {
         "start": ("an all-reduce, µs", 1e6),
         "hop": ("a hop, µs", 1e6),
-        "trips": ("a hop, times the wire's delay", 1),
+        "trips": ("a hop, in delays of the wire", 1),
+        "asks": ("to be ready for it, in delays of the wire", 1),
         "byte": ("a byte that is moved, ns", 1e9),
         "frames": ("a byte that is moved, bytes on the wire", 1),
         "bucket": ("one of DDP's buckets, µs", 1e6),
