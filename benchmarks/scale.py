@@ -313,14 +313,14 @@ def measure_pace(run, trainer_model, steps):
 
 
 def measure_all_reduce(job, elements, times):
-    """Return the seconds of each of so many all-reduces of float32."""
+    """Return the low quartile, median and high quartile of the seconds of so many all-reduces of float32."""
     tensor, seconds = torch.zeros(elements), []
     job.sum(0)  # a barrier; none in between, which some would leave before others
     for _ in range(times + 1):
         begin = time.perf_counter()
         dist.all_reduce(tensor)
         seconds.append(time.perf_counter() - begin)
-    return seconds[1:]
+    return np.percentile(seconds[1:], [25, 50, 75]).tolist()
 
 
 def measure_link(job, size):
@@ -402,7 +402,7 @@ def work(task):
 @contextmanager
 def linked(link, folder):
     """Make the hosts of a Link. Returns them as a PyTorchJob."""
-    from tests.hosts import Process, PyTorchJob, ip
+    from tests.hosts import Process, PyTorchJob, ip  # not at the top: who is measured does without pytest
 
     with PyTorchJob(folder, workers=link.hosts - 1) as job:
         for host in job.hosts:
@@ -661,8 +661,16 @@ def report(rounds, about):
         costs_table([fit_rounds([one]) for one in rounds]),
         held_out_table(rounds, model),
         prediction_table(predict(rounds)),
+        agreement_note(model),
     ]
-    return "\n\n".join([seen + " Medians, with quartiles in parentheses.", *tables])
+    return "\n\n".join([seen + " Medians, with quartiles of the rounds in parentheses.", *tables])
+
+
+def agreement_note(model):
+    """Return a sentence on what it costs many workers to agree at every step."""
+    costs = [f"{model.all_reduce(PREDICTED[-1], AGREEMENT, *wire) * 1000:.0f}" for wire in NETWORKS.values()]
+    times = " and ".join(f"{cost} ms at {name}" for cost, name in zip(costs, NETWORKS, strict=True))
+    return f"Of a step of {PREDICTED[-1]:,} workers, the agreement on whether to stop takes {times}."
 
 
 def draw(rounds, path):
@@ -673,7 +681,8 @@ def draw(rounds, path):
     from matplotlib import pyplot
 
     pyplot.rcParams["font.size"] = 11
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, (checked, left, right) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    draw_errors(rounds, checked)
     styles = zip(predict(rounds).items(), ("#0072B2", "#D55E00"), ("o", "s"), strict=True)
     for (name, steps), colour, marker in styles:
         workers = np.array([number for number, _ in steps])
@@ -691,8 +700,28 @@ def draw(rounds, path):
         axes.set(xlabel="workers, each with a batch of 64", xticks=PREDICTED[::2], xticklabels=PREDICTED[::2])
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
+    for axis in (left.yaxis, checked.xaxis, checked.yaxis):  # 200, where matplotlib would have 2 x 10^2
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(lambda x, _: f"{x:g}" if axis is left.yaxis else "")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def draw_errors(rounds, axes):
+    """Draw what the model says of each all-reduce over what was measured."""
+    model = fit_rounds(rounds)
+    groups = (("fitted", FITTED, "#0072B2", "o"), ("kept from the fit", HELD_OUT, "#D55E00", "D"))
+    for label, links, colour, marker in groups:
+        rows = [row for link in links for row in observed(rounds, link)[0]]
+        seen, said = [row[-1] * 1000 for row in rows], [model.all_reduce(*row[:-1]) * 1000 for row in rows]
+        axes.scatter(seen, said, color=colour, marker=marker, label=label, alpha=0.8)
+    ends = np.array(axes.get_xlim())
+    ends[0] = 0.05
+    axes.plot(ends, ends, color="0.4", linestyle=":", label="no error")
+    axes.set(title="All-reduces: is the model right?", xscale="log", yscale="log")
+    axes.set(xlabel="milliseconds measured", ylabel="milliseconds by the model")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
 
 
 def processor():
