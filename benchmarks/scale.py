@@ -678,7 +678,7 @@ def draw(rounds, path):
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     pyplot.rcParams["font.size"] = 11
     figure, (checked, left, right) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
@@ -700,9 +700,10 @@ def draw(rounds, path):
         axes.set(xlabel="workers, each with a batch of 64", xticks=PREDICTED[::2], xticklabels=PREDICTED[::2])
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    for axis in (left.yaxis, checked.xaxis, checked.yaxis):  # 200, where matplotlib would have 2 x 10^2
+    left.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_minor_formatter(ticker.NullFormatter())
+    for axis in (left.yaxis, checked.xaxis, checked.yaxis):
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(lambda x, _: f"{x:g}" if axis is left.yaxis else "")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
