@@ -1,6 +1,6 @@
 """How training scales over processes and hosts, and how it would over more of them than there are here.
 
-    sudo make scale                                        all of it: about TODO minutes, on a quiet machine
+    sudo make scale                                        all of it: half an hour, on a quiet machine
     .venv/bin/python benchmarks/scale.py --rounds 1 --steps 4     a trial; with --output DIR, to look at only
 
 Root is needed, for hosts: network namespaces that send at a limited rate over a wire of some length. Every
@@ -652,7 +652,9 @@ def replace_between(text, mark, new):
 def report(rounds, about):
     """Return what stands in SCALE.md: all tables."""
     model = fit_rounds(rounds)
-    seen = f"Seen in {len(rounds)} rounds of {about['steps']} steps: torch {about['torch']}, {about['cpu']}."
+    how = f"{len(rounds)} round(s) of {about['steps']} steps"
+    where = f"torch {about['torch']}, {about['cpu']}, TCP with {about['tcp']}"
+    seen = f"Seen in {how} on {where}. Medians, with quartiles of the rounds in parentheses."
     tables = [
         here_table(rounds),
         links_table(rounds, model),
@@ -663,7 +665,7 @@ def report(rounds, about):
         prediction_table(predict(rounds)),
         agreement_note(model),
     ]
-    return "\n\n".join([seen + " Medians, with quartiles of the rounds in parentheses.", *tables])
+    return "\n\n".join([seen, *tables])
 
 
 def agreement_note(model):
@@ -750,7 +752,7 @@ def main():
     else:
         mnist.unpack_mnist(ROOT / "datasets")
         about = {"torch": torch.__version__, "cpu": processor(), "steps": args.steps}
-        about["congestion control"] = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+        about["tcp"] = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
         results = {"about": about, "rounds": measure(args.rounds, args.steps)}
         args.output.mkdir(parents=True, exist_ok=True)
         raw.write_text(json.dumps(results, indent=1) + "\n")

@@ -82,7 +82,7 @@ def test_the_buckets_are_those_of_the_network():
 def test_the_tables_keep_the_rest_of_the_page(tmp_path, monkeypatch):
     page, raw = tmp_path / "SCALE.md", tmp_path / "scale.json"
     page.write_text("# Before\n\n<!-- scale -->\nold\n<!-- /scale -->\n\nAfter, | with | bars |\n")
-    about = {"torch": "2", "cpu": "none", "steps": 1}
+    about = {"torch": "2", "cpu": "none", "tcp": "none", "steps": 1}
     raw.write_text(json.dumps({"about": about, "rounds": [a_round(TRUE)] * 2}))
     monkeypatch.setattr("sys.argv", ["scale.py", "--again", "--output", str(tmp_path)])
     scale.main()
