@@ -460,23 +460,18 @@ HERE = {
 }
 
 
-def measure(rounds, steps):
-    """Return a list of rounds: each a dict with the results of every configuration, by its name."""
-    done = []
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(1, rounds + 1):
-            results, begin = {}, time.monotonic()
-            for name, how in HERE.items():
-                results[name] = measure_here(*how, folder, steps=5 * steps)
-            pace = results["1 process, 1 thread"]["pace"]
-            for link in dict.fromkeys([*FITTED, *HELD_OUT]):
-                variants = list(VARIANTS) if link in VARIED else ["default"]
-                earnest = link in IN_EARNEST
-                task = {"steps": steps, "pace": pace, "variants": variants, "in_earnest": earnest}
-                results[str(link)] = measure_hosts(link, folder, **task)
-                print(f"round {number}, {time.monotonic() - begin:.0f} s: {link}", flush=True)
-            done.append(results)
-    return done
+def measure(steps, folder):
+    """Return the results of every configuration, by its name."""
+    results = {}
+    for name, how in HERE.items():
+        results[name] = measure_here(*how, folder, steps=5 * steps)
+    pace = results["1 process, 1 thread"]["pace"]
+    for link in [*FITTED, *HELD_OUT]:
+        print(f"{time.strftime('%X')} {link}", flush=True)
+        variants = list(VARIANTS) if link in VARIED else ["default"]
+        task = {"steps": steps, "pace": pace, "variants": variants, "in_earnest": link in IN_EARNEST}
+        results[str(link)] = measure_hosts(link, folder, **task)
+    return results
 
 
 # --- What it comes to ----------------------------------------------------------------------------
@@ -753,9 +748,13 @@ def main():
         mnist.unpack_mnist(ROOT / "datasets")
         about = {"torch": torch.__version__, "cpu": processor(), "steps": args.steps}
         about["tcp"] = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
-        results = {"about": about, "rounds": measure(args.rounds, args.steps)}
+        results = {"about": about, "rounds": []}
         args.output.mkdir(parents=True, exist_ok=True)
-        raw.write_text(json.dumps(results, indent=1) + "\n")
+        for number in range(1, args.rounds + 1):
+            print(f"round {number} of {args.rounds}")
+            with tempfile.TemporaryDirectory() as folder:
+                results["rounds"].append(measure(args.steps, folder))
+            raw.write_text(json.dumps(results, indent=1) + "\n")  # now, lest a later round should fail
     draw(results["rounds"], args.output / "scale.png")
     text = page.read_text() if page.exists() else "<!-- scale -->\n<!-- /scale -->\n"
     page.write_text(replace_between(text, "scale", report(results["rounds"], results["about"])))
