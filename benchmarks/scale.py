@@ -128,16 +128,19 @@ class Model:
     def step(self, pace, workers, rate, delay, buckets=BUCKETS):
         """Return the seconds of a step: agreement, computing, and what computing does not hide of the rest.
 
-        A bucket is sent when its gradients are there and the bucket before it has been sent.
+        A bucket is sent when its gradients are there. gloo sends two at a time, so they wait for the wire's
+        delay together, but share its bandwidth.
         """
         if workers == 1:
             return pace.step
         agreement = self.all_reduce(workers, AGREEMENT, rate, delay)
-        ready = [agreement + pace.rest + pace.head, agreement + pace.step]
-        end = 0.0
-        for size, there in zip(buckets, ready[-len(buckets) :], strict=True):
-            end = max(end, there) + self.bucket + self.all_reduce(workers, size, rate, delay)
-        return end
+        ready = [agreement + pace.rest + pace.head, agreement + pace.step][-len(buckets) :]
+        ends = [
+            there + self.all_reduce(workers, size, rate, delay)
+            for size, there in zip(buckets, ready, strict=True)
+        ]
+        busy = max(bounds(workers, sum(buckets), rate, delay)[:2] @ self.costs)
+        return float(max(*ends, ready[0] + busy)) + self.bucket * len(buckets)
 
 
 def bounds(workers, size, rate, delay):
@@ -145,27 +148,24 @@ def bounds(workers, size, rate, delay):
 
     gloo cuts the bytes into pieces, two or more for each worker and of no more than 1 MB, and passes them
     around a ring, first to add them up and then to tell the sums. Two are under way at a time. So either the
-    wire is always busy, or every other piece waits for the one two before it to arrive.
+    wire is always busy, or the processor is, or each piece waits until the one two before it is there.
     """
     if workers == 1:
         return np.zeros((1, 6))
-    if size <= AGREEMENT:  # a number is a single piece, and everybody is ready for it
-        hops = 2 * (workers - 1)
-        return np.array([[1, hops, hops * delay, 0, 0, 0]])
+    if size <= AGREEMENT:
+        # A number is a single piece. Who sent it first has the sum after a whole round, and starts the next
+        # all-reduce while the others are still told of this one; they then have to be ready for it.
+        return np.array([[1, workers, workers * delay, 2 * (workers > 2) * delay, 0, 0]])
     pieces = math.ceil(max(2 * workers, size / 2**20) / workers) * workers
     passed, piece = pieces - pieces // workers, size / pieces  # in each half
     pairs = math.ceil(passed / 2)
+    wire, processor = 2 * passed * piece * 8e-6 / rate, 2 * passed * piece
+    waited = (pairs + (passed % 2 == 0)) / passed  # the part of this that falls between waiting and waiting
     return np.array(
         [
-            [
-                1,
-                2 * waits,
-                2 * waits * delay,
-                2 * waits * delay,
-                2 * sent * piece,
-                2 * sent * piece * 8e-6 / rate,
-            ]
-            for waits, sent in ((1, passed), (pairs, pairs + (passed % 2 == 0)))
+            [1, 2, 2 * delay, 2 * delay, 0, wire],
+            [1, 2, 2 * delay, 2 * delay, processor, 0],
+            [1, 2 * pairs, 2 * pairs * delay, 2 * pairs * delay, waited * processor, waited * wire],
         ]
     )
 
@@ -191,17 +191,16 @@ def fit(all_reduces, steps=()):
     """
     seconds = np.array([row[-1] for row in all_reduces])
     rows = [bounds(*row[:-1]) for row in all_reduces]
-    model = Model(start=0, hop=1e-4, trips=1, asks=1, byte=5e-10, frames=1.05)
+    model = Model(start=0, hop=1e-4, trips=1, asks=1, byte=2e-9, frames=1.05)
     for _ in range(
         20
     ):  # which of its bounds holds for an all-reduce depends on the costs that are looked for
         matrix = np.array([each[np.argmax(each @ model.costs)] for each in rows]) / seconds[:, None]
         model = Model(*least_squares(matrix))
-    low, high = 0.0, max((seconds for *_, seconds in steps), default=0.0)
-    for _ in range(50):  # it may be hidden, so a step is not linear in it: halve the interval
-        model.bucket = (low + high) / 2
-        too_long = sum(model.step(*place) / seconds - 1 for *place, seconds in steps) > 0
-        low, high = (low, model.bucket) if too_long else (model.bucket, high)
+    if steps:
+        squares = np.array([seconds**-2 for *_, seconds in steps])
+        missing = np.array([seconds - model.step(*place) for *place, seconds in steps])
+        model.bucket = max(0.0, float((squares * missing).sum() / squares.sum()) / len(BUCKETS))
     return model
 
 

@@ -9,7 +9,7 @@ from benchmarks.scale import Link, Model, Pace
 from tests.conftest import need
 from tests.hosts import need_hosts
 
-TRUE = Model(start=3e-4, hop=1e-4, trips=1.1, asks=0.9, byte=6e-10, frames=1.05, bucket=2e-4)
+TRUE = Model(start=3e-4, hop=1e-4, trips=1.1, asks=0.9, byte=1.5e-9, frames=1.05, bucket=2e-4)
 PACE = Pace(rest=0.008, head=0.004, tail=0.008)
 
 
