@@ -170,18 +170,18 @@ def bounds(workers, size, rate, delay):
     )
 
 
-def least_squares(matrix):
-    """Return costs, none of them below 0, with which all rows come to about 1."""
+def least_squares(matrix, sums):
+    """Return costs, none of them below 0, with which the rows come to about these sums."""
     used = list(range(matrix.shape[1]))
     while True:
-        scale = np.linalg.norm(matrix[:, used], axis=0)  # for their sizes lie far apart
-        weights = np.linalg.lstsq(matrix[:, used] / scale, np.ones(len(matrix)), rcond=None)[0]
-        if min(weights) >= 0:
+        scale = np.linalg.norm(matrix[:, used], axis=0) + 1e-300  # for their sizes lie far apart
+        costs = np.linalg.lstsq(matrix[:, used] / scale, sums, rcond=None)[0]
+        if min(costs) >= 0:
             break
-        del used[int(np.argmin(weights))]
-    costs = np.zeros(matrix.shape[1])
-    costs[used] = weights / scale
-    return costs.tolist()
+        del used[int(np.argmin(costs))]
+    found = np.zeros(matrix.shape[1])
+    found[used] = costs / scale
+    return found.tolist()
 
 
 def fit(all_reduces, steps=()):
@@ -192,11 +192,11 @@ def fit(all_reduces, steps=()):
     seconds = np.array([row[-1] for row in all_reduces])
     rows = [bounds(*row[:-1]) for row in all_reduces]
     model = Model(start=0, hop=1e-4, trips=1, asks=1, byte=2e-9, frames=1.05)
-    for _ in range(
-        20
-    ):  # which of its bounds holds for an all-reduce depends on the costs that are looked for
+    for _ in range(50):  # which of its bounds an all-reduce keeps to depends on the costs that are looked for
         matrix = np.array([each[np.argmax(each @ model.costs)] for each in rows]) / seconds[:, None]
-        model = Model(*least_squares(matrix))
+        # Not the squares of the errors count but their sizes: a few odd measurements must not spoil the rest.
+        weights = np.maximum(abs(matrix @ model.costs - 1), 0.01) ** -0.5
+        model = Model(*least_squares(matrix * weights[:, None], weights))
     if steps:
         squares = np.array([seconds**-2 for *_, seconds in steps])
         missing = np.array([seconds - model.step(*place) for *place, seconds in steps])
