@@ -679,13 +679,13 @@ def draw(rounds, path):
     pyplot.rcParams["font.size"] = 11
     figure, (checked, left, right) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     draw_errors(rounds, checked)
-    styles = zip(predict(rounds).items(), ("#0072B2", "#D55E00"), ("o", "s"), strict=True)
-    for (name, steps), colour, marker in styles:
+    styles = zip(predict(rounds).items(), ("#0072B2", "#D55E00"), ("o-", "s--"), strict=True)
+    for (name, steps), colour, line in styles:
         workers = np.array([number for number, _ in steps])
         low, mid, high = np.array([seconds for _, seconds in steps]).T
-        left.plot(workers, mid * 1000, color=colour, marker=marker, label=name)
+        left.plot(workers, mid * 1000, line, color=colour, label=name)
         left.fill_between(workers, low * 1000, high * 1000, color=colour, alpha=0.25, linewidth=0)
-        right.plot(workers, workers * BATCH / mid, color=colour, marker=marker, label=name)
+        right.plot(workers, workers * BATCH / mid, line, color=colour, label=name)
     left.axhline(mid[0] * 1000, color="0.4", linestyle=":", label="computing alone")
     right.plot(workers, workers * BATCH / mid[0], color="0.4", linestyle=":", label="without communication")
     left.set(title="A step: the model", ylabel="milliseconds")
