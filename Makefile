@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: notebook test lab lint notebook-refresh faults bench requirements system-packages
+.PHONY: notebook test lab lint notebook-refresh faults bench scale requirements system-packages
 
 notebook: .venv/notebook
 	$(BIN)/papermill notebooks/mnist.ipynb out.ipynb -p epochs 1 --log-output --no-progress-bar
@@ -45,6 +45,10 @@ bench: .venv/bench
 .venv/bench: .venv/notebook requirements-bench.in requirements-bench.txt
 	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -r requirements-bench.in -c requirements-bench.txt -c requirements-dev.txt -c requirements.txt
 	touch $@
+
+# How training scales over processes and hosts; needs root, and a machine that does nothing else.
+scale: .venv/tests
+	$(BIN)/python benchmarks/scale.py
 
 requirements: .venv/uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements.in -o requirements.txt

@@ -74,7 +74,7 @@ class Contender:
 
 OURS = Contender("ours", "**mnist.py**")
 # The peers' recipe, with nothing of what mnist.py does better by default.
-PEERS_RECIPE = ("--optimizer", "adadelta", "--lr", "1.0", "--gamma", "0.7")
+PEERS_RECIPE = ("--optimizer", "adadelta", "--lr", "1.0", "--gamma", "0.7", "--shift", "0")
 CONTENDERS = (
     OURS,
     Contender("ours_adadelta", "mnist.py --optimizer adadelta", flags=PEERS_RECIPE),
