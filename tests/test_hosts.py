@@ -135,7 +135,7 @@ def without_dropout(folder):
 def test_three_hosts_train_as_one_process_with_three_times_the_batch(small):
     without_dropout(small)
     project = Project(small)
-    options = ("--epochs", 2, "--optimizer", "sgd", "--lr", 0.05, "--no-cuda")
+    options = ("--epochs", 2, "--optimizer", "sgd", "--lr", 0.05, "--momentum", 0.5, "--no-cuda")
     with project.training("one", options=(*options, "--batch-size", 90)) as training:
         training.complete()
     with PyTorchJob(project.folder) as job:
