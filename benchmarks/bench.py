@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,10 @@ from importlib import metadata
 from pathlib import Path
 
 import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.reporting import processor, replace_between
 
 # Nothing large is imported up here: the peak memory of a child is never less than this process has.
 
@@ -196,8 +199,6 @@ def compare(contenders, args, keep):
 
 def machine(args):
     """Return what the results depend on."""
-    with open("/proc/cpuinfo") if Path("/proc/cpuinfo").exists() else open(os.devnull) as file:
-        model = re.search(r"model name\s*:\s*(.+)", file.read())
     versions = {}
     for package in PACKAGES:
         try:
@@ -206,7 +207,7 @@ def machine(args):
             versions[package] = None
     return {
         "date": date.today().isoformat(),
-        "cpu": model[1] if model else platform.processor() or platform.machine(),
+        "cpu": processor(),
         "python": platform.python_version(),
         "packages": versions,
         "contenders": [key for key in KEYS if key in (args.only or KEYS)],
@@ -309,12 +310,7 @@ def plural(number, thing):
 
 def write_between_markers(page, text):
     """Put `text` between the markers of a page, and leave the rest of it as it is."""
-    old = page.read_text()
-    begin, end = "<!-- bench -->", "<!-- /bench -->"
-    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
-        raise ValueError(f"{page} must have {begin} and {end} once each, in this order")
-    before, _, rest = old.partition(begin)
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}")
+    page.write_text(replace_between(page.read_text(), "bench", text))
 
 
 def draw(results, picture):

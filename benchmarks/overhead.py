@@ -31,7 +31,7 @@ def main():
         job.sum(0)  # a barrier: now all is unpacked
         (images, labels), _ = mnist.load_mnist(args.data_dir)
         trainer = mnist.Trainer(args, job, torch.device("cpu"))
-        model = job.distribute(trainer.model, images[:1])
+        model = job.distribute(trainer.learner, images[:1])
         agree, samples = job.stop_if_asked, STEPS * args.batch_size * job.world_size
 
         def block(stop_if_asked):
@@ -40,6 +40,7 @@ def main():
             trainer.begin(trainer.epoch + 1)  # in another order
             job.sum(0)  # a barrier
             trainer.train(model, images[:samples], labels[:samples])
+            assert trainer.optimizer.state, "the optimiser had nothing to do"
             return trainer.seconds
 
         block(agree)  # to warm up

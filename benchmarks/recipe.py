@@ -1,6 +1,6 @@
 """How well the trainer's recipe reads: mean and spread over several seeds, after every epoch.
 
-python benchmarks/recipe.py                        the figures of the README, on the test images
+python benchmarks/recipe.py                        on the test images
 python benchmarks/recipe.py --validate --lr 0.1    to tune: on the last 10,000 training images
 
 All other flags are mnist.py's own. One process for each processor, with one thread, trains one seed after

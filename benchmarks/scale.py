@@ -17,7 +17,6 @@ import json
 import logging
 import math
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -38,6 +37,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import mnist
+from benchmarks.reporting import processor, replace_between
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, IMAGES = 64, 60_000
@@ -250,12 +250,13 @@ def bench_in_earnest(job, variant, data):
     """Return a function that trains for so many steps, and returns how long it took; and the model."""
     args = mnist.parse_arguments(["--log-interval", "999999"])
     trainer = mnist.Trainer(args, job, torch.device("cpu"))
-    model = trainer.model if job.world_size == 1 else distribute(trainer.model, variant)
+    model = trainer.learner if job.world_size == 1 else distribute(trainer.learner, variant)
 
     def run(steps):
         samples = steps * BATCH * job.world_size
         trainer.begin(trainer.epoch + 1)  # in another order
         trainer.train(model, *(tensor[:samples] for tensor in data))
+        assert trainer.optimizer.state, "the optimiser had nothing to do"
         return trainer.seconds
 
     return run, model
@@ -294,14 +295,14 @@ def measure_steps(job, run, model, steps):
     return result
 
 
-def measure_pace(run, trainer_model, steps):
+def measure_pace(run, model, steps):
     """Return the Pace of a process that trains alone."""
     moments = []
     stamp = lambda *_: moments.append(time.perf_counter())  # noqa: E731
     handles = [
-        trainer_model.register_forward_hook(stamp),
-        trainer_model.fc1.weight.register_post_accumulate_grad_hook(stamp),
-        trainer_model.conv1.weight.register_post_accumulate_grad_hook(stamp),
+        model.register_forward_hook(stamp),
+        model.fc1.weight.register_post_accumulate_grad_hook(stamp),
+        model.conv1.weight.register_post_accumulate_grad_hook(stamp),
     ]
     whole = run(steps) / steps
     for handle in handles:
@@ -634,15 +635,6 @@ def costs_table(models):
     return table(["the model: what it costs", "fitted to each round"], rows)
 
 
-def replace_between(text, mark, new):
-    """Return `text` with `new` between <!-- mark --> and <!-- /mark -->. Raises ValueError without them."""
-    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"{begin} and {end} must be there once each")
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n\n{new}\n\n{end}{rest.split(end)[1]}"
-
-
 def report(rounds, about):
     """Return what stands in SCALE.md: all tables."""
     model = fit_rounds(rounds)
@@ -721,13 +713,6 @@ def draw_errors(rounds, axes):
     axes.legend(frameon=False)
 
 
-def processor():
-    """Return the name of this machine's processor, and how many of its cores are ours."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.machine()}"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", metavar="N", type=int, default=5)
@@ -745,7 +730,11 @@ def main():
         results = json.loads(raw.read_text())
     else:
         mnist.unpack_mnist(ROOT / "datasets")
-        about = {"torch": torch.__version__, "cpu": processor(), "steps": args.steps}
+        about = {
+            "torch": torch.__version__,
+            "cpu": f"{os.cpu_count()} cores of {processor()}",
+            "steps": args.steps,
+        }
         about["tcp"] = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
         results = {"about": about, "rounds": []}
         args.output.mkdir(parents=True, exist_ok=True)

@@ -210,7 +210,8 @@ def test_a_step_of_training_is_no_slower_than_the_seeds(digits, one_thread, trai
 
     def ours():
         trainer.begin(trainer.epoch + 1)
-        trainer.train(trainer.model, images, labels)
+        trainer.train(trainer.learner, images, labels)
+        assert trainer.optimizer.state, "the optimiser had nothing to do"
 
     model = shared_torch.Net(nn.Dropout2d)
     optimizer, _ = shared_torch.adadelta(model)
@@ -229,12 +230,12 @@ def test_a_step_of_training_is_no_slower_than_the_seeds(digits, one_thread, trai
 def test_convolutions_get_channels_last(digits, trainer):
     """A tenth of a step's time hangs on this layout: too little to be seen for certain in a ratio."""
     layouts = []
-    trainer.model.conv2.register_forward_hook(
+    trainer.learner.conv2.register_forward_hook(
         lambda layer, inputs, output: layouts.extend(
             tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (*inputs, output)
         )
     )
-    trainer.train(trainer.model, *(tensor[:64] for tensor in digits))
+    trainer.train(trainer.learner, *(tensor[:64] for tensor in digits))
     assert layouts == [True, True]
 
 

@@ -4,16 +4,17 @@ Like there, the images are not shuffled on the CPU.
 """
 
 import torch
+import torch.nn as nn
 from shared import Reports, parse_arguments
 from shared_torch import Net, adadelta, evaluate, loaders, train
 
 
-def main():
-    args = parse_arguments(__doc__)
+def main(description=__doc__, dropout=nn.Dropout, shuffle_test=False):
+    args = parse_arguments(description)
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
-    training_set, test_set = loaders(args.images)
-    model = Net()
+    training_set, test_set = loaders(args.images, shuffle_test=shuffle_test)
+    model = Net(dropout)
     optimizer, scheduler = adadelta(model)
     reports = Reports()
     reports.ready()

@@ -6,27 +6,9 @@ shuffles the test set. Like there, the training set is not shuffled.
 
 import warnings
 
-import torch
 import torch.nn as nn
-from shared import Reports, parse_arguments
-from shared_torch import Net, adadelta, evaluate, loaders, train
-
-
-def main():
-    args = parse_arguments(__doc__)
-    warnings.filterwarnings("ignore", message="dropout2d")  # it also uses it on what are no images any more
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(1)
-    training_set, test_set = loaders(args.images, shuffle_test=True)
-    model = Net(nn.Dropout2d)
-    optimizer, scheduler = adadelta(model)
-    reports = Reports()
-    reports.ready()
-    for _ in range(args.epochs):
-        train(model, training_set, optimizer)
-        reports.finished_epoch(evaluate(model, test_set))
-        scheduler.step()
-
+from pytorch_example import main
 
 if __name__ == "__main__":
-    main()
+    warnings.filterwarnings("ignore", message="dropout2d")  # it also uses it on what are no images any more
+    main(__doc__, dropout=nn.Dropout2d, shuffle_test=True)

@@ -8,21 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import shared
 from flax import nnx
-from shared import (
-    BATCH,
-    EPSILON,
-    GAMMA,
-    MEAN,
-    PARAMETERS,
-    RATE,
-    RHO,
-    STD,
-    TEST_BATCH,
-    Reports,
-    arrays,
-    parse_arguments,
-)
 
 
 class SameNet(nnx.Module):
@@ -35,7 +22,7 @@ class SameNet(nnx.Module):
         self.dropout2 = nnx.Dropout(0.5, rngs=rngs)
         self.linear1 = nnx.Linear(9216, 128, rngs=rngs)
         self.linear2 = nnx.Linear(128, 10, rngs=rngs)
-        assert sum(p.size for p in jax.tree.leaves(nnx.state(self, nnx.Param))) == PARAMETERS
+        assert sum(p.size for p in jax.tree.leaves(nnx.state(self, nnx.Param))) == shared.PARAMETERS
 
     def __call__(self, x):
         x = nnx.relu(self.conv2(nnx.relu(self.conv1(x))))
@@ -87,28 +74,28 @@ def train(model, optimizer, images, labels, batch, generator):
 def evaluate(model, images, labels):
     model.eval()
     results = [
-        eval_step(model, images[start : start + TEST_BATCH], labels[start : start + TEST_BATCH])
-        for start in range(0, len(images), TEST_BATCH)
+        eval_step(model, images[start : start + shared.TEST_BATCH], labels[start : start + shared.TEST_BATCH])
+        for start in range(0, len(images), shared.TEST_BATCH)
     ]
     return sum(int(correct) for _, correct in jax.device_get(results)) / len(images)
 
 
 def main():
-    args = parse_arguments(__doc__, own=True)
+    args = shared.parse_arguments(__doc__, own=True)
     (images, labels), (test_images, test_labels) = (
         ((images[..., None] / 255).astype("float32"), labels.astype("int32"))
-        for images, labels in arrays(args.images)
+        for images, labels in shared.arrays(args.images)
     )
     if args.own:
         model, batch, method = OwnNet(nnx.Rngs(1)), 128, optax.sgd(0.1, momentum=0.9)
     else:
-        images, test_images = (images - MEAN) / STD, (test_images - MEAN) / STD
-        model, batch = SameNet(nnx.Rngs(1)), BATCH
-        rate = optax.exponential_decay(RATE, len(images) // batch, GAMMA, staircase=True)
-        method = optax.adadelta(rate, rho=RHO, eps=EPSILON)
+        images, test_images = (images - shared.MEAN) / shared.STD, (test_images - shared.MEAN) / shared.STD
+        model, batch = SameNet(nnx.Rngs(1)), shared.BATCH
+        rate = optax.exponential_decay(shared.RATE, len(images) // batch, shared.GAMMA, staircase=True)
+        method = optax.adadelta(rate, rho=shared.RHO, eps=shared.EPSILON)
     optimizer = nnx.Optimizer(model, method, wrt=nnx.Param)
     generator = np.random.default_rng(1)
-    reports = Reports()
+    reports = shared.Reports()
     reports.ready()
     for _ in range(args.epochs):
         train(model, optimizer, images, labels, batch, generator)

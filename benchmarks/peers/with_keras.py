@@ -9,21 +9,8 @@ import os
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
+import shared
 from keras import layers
-from shared import (
-    BATCH,
-    EPSILON,
-    GAMMA,
-    MEAN,
-    PARAMETERS,
-    RATE,
-    RHO,
-    STD,
-    TEST_BATCH,
-    Reports,
-    arrays,
-    parse_arguments,
-)
 
 
 def same_net():
@@ -40,7 +27,7 @@ def same_net():
             layers.Dense(10, activation="softmax"),
         ]
     )
-    assert model.count_params() == PARAMETERS
+    assert model.count_params() == shared.PARAMETERS
     return model
 
 
@@ -71,13 +58,13 @@ class Reporter(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         result = self.model.evaluate(
-            self.images, self.labels, batch_size=TEST_BATCH, verbose=0, return_dict=True
+            self.images, self.labels, batch_size=shared.TEST_BATCH, verbose=0, return_dict=True
         )
         self.reports.finished_epoch(result["accuracy"])
 
 
 def main():
-    args = parse_arguments(__doc__, own=True)
+    args = shared.parse_arguments(__doc__, own=True)
     if keras.backend.backend() == "torch":
         import torch
 
@@ -85,17 +72,19 @@ def main():
     keras.utils.set_random_seed(1)
     (images, labels), (test_images, test_labels) = (
         ((images[..., None] / 255).astype("float32"), keras.utils.to_categorical(labels, 10))
-        for images, labels in arrays(args.images)
+        for images, labels in shared.arrays(args.images)
     )
     if args.own:
         model, optimizer, batch, callbacks = own_net(), "adam", 128, []
     else:
-        images, test_images = (images - MEAN) / STD, (test_images - MEAN) / STD
-        model, batch = same_net(), BATCH
-        optimizer = keras.optimizers.Adadelta(learning_rate=RATE, rho=RHO, epsilon=EPSILON)
-        callbacks = [keras.callbacks.LearningRateScheduler(lambda epoch: RATE * GAMMA**epoch)]
+        images, test_images = (images - shared.MEAN) / shared.STD, (test_images - shared.MEAN) / shared.STD
+        model, batch = same_net(), shared.BATCH
+        optimizer = keras.optimizers.Adadelta(
+            learning_rate=shared.RATE, rho=shared.RHO, epsilon=shared.EPSILON
+        )
+        callbacks = [keras.callbacks.LearningRateScheduler(lambda epoch: shared.RATE * shared.GAMMA**epoch)]
     model.compile(loss="categorical_crossentropy", optimizer=optimizer, metrics=["accuracy"])
-    callbacks.append(Reporter(Reports(), test_images, test_labels))
+    callbacks.append(Reporter(shared.Reports(), test_images, test_labels))
     model.fit(images, labels, batch_size=batch, epochs=args.epochs, verbose=0, callbacks=callbacks)
 
 
