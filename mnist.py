@@ -76,7 +76,7 @@ HYPERPARAMETERS = ("batch_size", "optimizer", "lr", "gamma", "momentum", "shift"
 class Net(nn.Module):
     """Two convolutions and two linear layers: 1,199,882 parameters.
 
-    Layers and names are those of PyTorch's own MNIST example, so weights can be exchanged with it
+    Weights and their names are those of PyTorch's own MNIST example, so they can be exchanged with it
     (https://github.com/pytorch/examples/tree/main/mnist).
     """
 
