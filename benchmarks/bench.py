@@ -77,7 +77,17 @@ class Contender:
 
 OURS = Contender("ours", "**mnist.py**")
 # The peers' recipe, with nothing of what mnist.py does better by default.
-PEERS_RECIPE = ("--optimizer", "adadelta", "--lr", "1.0", "--gamma", "0.7", "--shift", "0")
+PEERS_RECIPE = (
+    "--optimizer",
+    "adadelta",
+    "--lr",
+    "1.0",
+    "--gamma",
+    "0.7",
+    "--no-augment",
+    "--label-smoothing",
+    "0",
+)
 CONTENDERS = (
     OURS,
     Contender("ours_adadelta", "mnist.py --optimizer adadelta", flags=PEERS_RECIPE),

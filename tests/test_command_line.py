@@ -26,8 +26,8 @@ def test_defaults_are_those_of_the_plan():
     args = vars(mnist.parse_arguments([]))
     assert args == {
         "epochs": 5, "batch_size": 64, "test_batch_size": 1000, "optimizer": "sgd", "lr": 0.05,
-        "gamma": 0.8, "momentum": 0.9, "shift": 2, "bf16": False, "seed": 1, "log_interval": 10,
-        "no_cuda": False, "backend": None, "num_processes": 1, "data_dir": "datasets",
+        "gamma": 0.8, "momentum": 0.9, "label_smoothing": 0.1, "augment": True, "bf16": False, "seed": 1,
+        "log_interval": 10, "no_cuda": False, "backend": None, "num_processes": 1, "data_dir": "datasets",
         "output_dir": "output", "resume": False, "checkpoint_interval": 0, "timeout": 60,
         "save_model": False, "dry_run": False,
     }  # fmt: skip
@@ -47,7 +47,7 @@ BAD_VALUES = {
     "--lr": ["0", "-1", "nan", "inf", "fast"],
     "--gamma": ["0", "1.1", "-0.7", "nan"],
     "--momentum": ["1", "-0.1", "nan"],
-    "--shift": ["-1", "28", "1.5", "left"],
+    "--label-smoothing": ["1", "-0.1", "some"],
 }
 
 

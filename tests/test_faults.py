@@ -340,7 +340,7 @@ def test_a_second_run_into_the_same_folder_is_refused(project, trainer):
         ("lr", 0.05, 0.5),
         ("gamma", 0.8, 0.6),
         ("momentum", 0.9, 0.6),
-        ("shift", 2, 1),
+        ("label_smoothing", 0.1, 0.2),
         ("seed", 1, 2),
     ],
 )

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import ROOT, run
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import affine
 
 import mnist
 
@@ -104,35 +106,62 @@ def test_order_leaves_the_global_random_numbers_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-# --- moved digits
+# --- distorted digits
 
 
-def test_offsets_are_all_equally_frequent_and_new_in_every_epoch_and_for_every_seed():
-    every = [mnist.epoch_offsets(5000, 2, seed, epoch) for seed in (-1, 1, 2**70) for epoch in (1, 2)]
-    for offsets in every:
-        assert offsets.shape == (5000, 2)
-        counts = (5 * offsets[:, 0] + offsets[:, 1]).bincount(minlength=25)
-        assert len(counts) == 25 and counts.min() > 140 and counts.max() < 260
-    assert len({tuple(offsets.flatten().tolist()) for offsets in every}) == len(every)
-    assert torch.equal(every[2], mnist.epoch_offsets(5000, 2, 1, 1))
+def amounts(distortions):
+    """Return by how much digits are changed: degrees, factor of the size, pixels right, pixels down."""
+    turned = torch.rad2deg(torch.atan2(distortions[:, 1, 0], distortions[:, 0, 0]))
+    looked_at = distortions[:, :, :2].det().sqrt()  # of a larger part of the image, the digit is smaller
+    back = torch.linalg.solve(distortions[:, :, :2], -distortions[:, :, 2]) * 14
+    return -turned, 1 / looked_at, back[:, 0], back[:, 1]
 
 
-@pytest.mark.parametrize("limit", [0, 1, 2, 27])
-def test_a_moved_digit_is_the_digit_rolled_with_paper_at_its_edges(limit):
-    images = torch.randint(1, 256, (9, 28, 28), dtype=torch.uint8)
-    offsets = mnist.epoch_offsets(9, limit, 1, 1)
-    moved = mnist.shift(images, offsets, limit)
-    assert moved.dtype == torch.uint8 and moved.shape == images.shape
-    for before, after, (down, right) in zip(images, moved, (limit - offsets).tolist(), strict=True):
-        paper = torch.zeros(84, 84, dtype=torch.uint8)
-        paper[28 + down : 56 + down, 28 + right : 56 + right] = before
-        assert torch.equal(after, paper[28:56, 28:56])
+def test_distortions_fill_their_ranges_and_are_new_in_every_epoch_and_for_every_seed():
+    every = [mnist.epoch_distortions(5000, seed, epoch) for seed in (-1, 1, 2**70) for epoch in (1, 2)]
+    for distortions in every:
+        assert distortions.shape == (5000, 2, 3) and distortions.dtype == torch.float32
+        turned, size, *_ = amounts(distortions)
+        right, down = 14 * distortions[:, :, 2].T
+        for seen, low, high in ((turned, -10, 10), (1 / size, 0.9, 1.1), (right, -2, 2), (down, -2, 2)):
+            counts = seen.histc(10, low, high)
+            assert seen.min() >= low - 1e-3 and seen.max() <= high + 1e-3
+            assert counts.min() > 400 and counts.max() < 600
+    assert len({tuple(distortions.flatten().tolist()) for distortions in every}) == len(every)
+    assert torch.equal(every[2], mnist.epoch_distortions(5000, 1, 1))
 
 
-def test_without_shift_the_images_stay_where_they_are_and_training_is_another(trained, small):
+def test_a_distorted_digit_is_the_one_that_torchvision_makes():
+    images = mnist.load_mnist("datasets")[0][0][:50]
+    distortions = mnist.epoch_distortions(50, 1, 1)
+    distorted = mnist.distort(images, distortions)
+    assert distorted.dtype == torch.float32 and distorted.shape == images.shape
+    for before, after, turned, size, right, down in zip(
+        images, distorted, *amounts(distortions), strict=True
+    ):
+        expected = affine(
+            before[None].float(),
+            turned.item(),
+            [right.item(), down.item()],
+            size.item(),
+            [0.0],
+            InterpolationMode.BILINEAR,
+        )
+        assert torch.allclose(after, expected[0], atol=0.05)
+
+
+def test_a_distortion_that_changes_nothing_gives_the_same_digit():
+    images = mnist.load_mnist("datasets")[1][0][:50]
+    nothing = torch.eye(2, 3).expand(50, 2, 3)
+    assert torch.allclose(mnist.distort(images, nothing), images.float(), atol=0.01)
+
+
+def test_without_augmentation_or_smoothing_training_is_another(trained, small):
     _, output = trained
-    assert run(small, "mnist.py", "--epochs", 2, "--shift", 0)[0] == 0
-    assert not same(weights(small / "output"), weights(output))
+    for number, flags in enumerate((["--no-augment"], ["--label-smoothing", 0])):
+        other = small / f"output{number}"
+        assert run(small, "mnist.py", "--epochs", 2, *flags, "--output-dir", other)[0] == 0
+        assert not same(weights(other), weights(output))
 
 
 # --- the average
