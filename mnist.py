@@ -228,7 +228,9 @@ class Trainer:
             share = batch[rank::world_size]
             # Dropout's random numbers depend on the position alone, so a resumed run repeats them.
             torch.manual_seed(hash((args.seed, self.epoch, start, rank)))
-            digits = distort(images[share], distortions[share]) if args.augment else images[share]
+            digits = images[share]
+            if args.augment and len(share):  # none may be left for this process in the last batch
+                digits = distort(digits, distortions[share])
             self.optimizer.zero_grad()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
                 output = model(digits)

@@ -50,7 +50,7 @@ def by_hand():
         nn.Flatten(),
         nn.Linear(9216, 128),
         nn.ReLU(),
-        nn.Dropout(0.3),
+        nn.Dropout(0.1),
         nn.Linear(128, 10),
         nn.LogSoftmax(dim=1),
     )
@@ -315,8 +315,8 @@ def test_figures_are_those_of_one_process_with_the_same_weights(trained_by_two, 
 def test_one_step_of_two_processes_is_one_step_of_a_single_one_with_their_batches_together(small):
     """Dropout's random numbers differ from process to process, so this is shown without dropout."""
     source = (small / "mnist.py").read_text()
-    assert source.count("nn.Dropout(0.3)") == 1
-    (small / "mnist.py").write_text(source.replace("nn.Dropout(0.3)", "nn.Identity()"))
+    assert source.count("nn.Dropout(0.1)") == 1
+    (small / "mnist.py").write_text(source.replace("nn.Dropout(0.1)", "nn.Identity()"))
     for folder, flags in {
         "one": ["--batch-size", 64],
         "two": ["--batch-size", 32, "--num-processes", 2],
