@@ -11,6 +11,7 @@ once PyTorch is loaded. If training has begun, a checkpoint is saved first, and 
 """
 
 import argparse
+import ctypes
 import hashlib
 import io
 import json
@@ -561,6 +562,18 @@ def choose_device(local_rank, accelerate=True):
     return torch.device(torch.accelerator.current_accelerator().type, local_rank)
 
 
+def keep_freed_memory():
+    """Keep the memory that a step frees for the next one, where the C library is glibc.
+
+    It would give it back to the system after each step, and get it again page by page: a tenth of a step's
+    time on a CPU (https://man7.org/linux/man-pages/man3/mallopt.3.html).
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large pieces are not to be fetched and returned one by one
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the unused end of the heap to be returned
+
+
 # --- The command line ---------------------------------------------------------------------------
 
 
@@ -622,6 +635,7 @@ def run(args, job):
     if device.type == "cuda":  # or a resumed run would differ in its last digits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+    keep_freed_memory()
     backend = args.backend or ("nccl" if device.type == "cuda" else "gloo")
     logging.info(
         f"Started {job.started}: rank {job.rank} of {job.world_size}, device {device}, "

@@ -3,7 +3,10 @@
 import ast
 import io
 import json
+import platform
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -162,6 +165,26 @@ def test_without_augmentation_or_smoothing_training_is_another(trained, small):
         other = small / f"output{number}"
         assert run(small, "mnist.py", "--epochs", 2, *flags, "--output-dir", other)[0] == 0
         assert not same(weights(other), weights(output))
+
+
+# --- memory
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's memory that is kept")
+def test_a_step_fetches_no_new_memory_from_the_system():
+    program = """
+import resource, torch, mnist
+mnist.keep_freed_memory()
+trainer = mnist.Trainer(mnist.parse_arguments(["--log-interval", "999"]), mnist.Job(), torch.device("cpu"))
+images, labels = (tensor[:640] for tensor in mnist.load_mnist("datasets")[0])
+for epoch in (1, 2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    trainer.begin(epoch)
+    trainer.train(trainer.learner, images, labels)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+"""
+    printed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True).stdout
+    assert float(printed.splitlines()[-1]) < 500  # seen: up to 31, and 2,774 to 6,692 without
 
 
 # --- the average
