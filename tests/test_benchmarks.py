@@ -260,5 +260,5 @@ def test_images_come_from_memory(digits, one_thread, trainer):
         trainer.begin(trainer.epoch + 1)
         trainer.train(nothing, images, labels)
 
-    # Seen on a busy machine: 0.45, more than half of it to distort the digits; without that 0.15 to 0.16.
-    assert median_ratio(ours, lambda: list(loader), pairs=12) < 0.6
+    # Seen on a busy machine: 0.45 to 0.48, more than half of it to distort the digits, without 0.15 to 0.16.
+    assert median_ratio(ours, lambda: list(loader), pairs=12) < 0.65
