@@ -69,9 +69,8 @@ SHA256 = {
 PARTS = ("model", "learner", "optimizer", "scheduler")
 PROGRESS = ("epoch", "samples_seen", "loss_sum", "seconds", "history")
 HYPERPARAMETERS = (
-    *("batch_size", "optimizer", "lr", "gamma", "momentum"),
-    *("label_smoothing", "augment", "bf16", "seed"),
-)
+    "batch_size", "optimizer", "lr", "gamma", "momentum", "label_smoothing", "augment", "bf16", "seed",
+)  # fmt: skip
 
 
 # --- The model ----------------------------------------------------------------------------------
@@ -161,7 +160,7 @@ def epoch_distortions(samples, seed, epoch):
     """Return how an epoch turns, scales and moves each sample: float32 [samples, 2, 3].
 
     Each is an affine map from places in the new image to places in the old one, for F.affine_grid:
-    by up to 10 degrees, 10 % and 2 of 28 pixels. Like the order, they follow from the seed and the epoch.
+    by up to 10 degrees, 10 % and 2 pixels. Like the order, they follow from the seed and the epoch.
     """
     generator = torch.Generator().manual_seed(hash((seed, epoch, samples)))
     amounts = 2 * torch.rand(4, samples, generator=generator) - 1  # from -1 to 1
@@ -189,6 +188,7 @@ class Trainer:
 
     def __init__(self, args, job, device):
         self.args, self.job, self.device = args, job, device
+        keep_freed_memory()
         torch.manual_seed(hash(args.seed))
         # One network learns. The other one, an average over its last steps, is tested and kept.
         self.learner, self.model = (Net().to(device, memory_format=torch.channels_last) for _ in range(2))
@@ -608,7 +608,7 @@ def parse_arguments(argv):
     add("--lr", metavar="LR", type=rate, help="learning rate (default: 0.05 for sgd, 1.0 for adadelta)")
     add("--gamma", metavar="M", type=factor, default=0.8, help="its factor after each epoch (default: 0.8)")
     add("--momentum", metavar="M", type=fraction, default=0.9, help="momentum of sgd (default: 0.9)")
-    add("--label-smoothing", metavar="X", type=fraction, default=0.1, help="of targets (default: 0.1)")
+    add("--label-smoothing", metavar="X", type=fraction, default=0.1, help="spread of targets (default: 0.1)")
     add("--no-augment", dest="augment", action="store_false", help="do not turn, scale and move digits")
     add("--bf16", action="store_true", help="multiply in bfloat16 in training: faster on some processors")
     add("--seed", metavar="S", type=integer, default=1, help="of all random numbers (default: 1)")
@@ -635,7 +635,6 @@ def run(args, job):
     if device.type == "cuda":  # or a resumed run would differ in its last digits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    keep_freed_memory()
     backend = args.backend or ("nccl" if device.type == "cuda" else "gloo")
     logging.info(
         f"Started {job.started}: rank {job.rank} of {job.world_size}, device {device}, "

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -77,16 +78,8 @@ class Contender:
 
 OURS = Contender("ours", "**mnist.py**")
 # The peers' recipe, with nothing of what mnist.py does better by default.
-PEERS_RECIPE = (
-    "--optimizer",
-    "adadelta",
-    "--lr",
-    "1.0",
-    "--gamma",
-    "0.7",
-    "--no-augment",
-    "--label-smoothing",
-    "0",
+PEERS_RECIPE = tuple(
+    shlex.split("--optimizer adadelta --lr 1.0 --gamma 0.7 --no-augment --label-smoothing 0")
 )
 CONTENDERS = (
     OURS,

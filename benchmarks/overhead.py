@@ -30,7 +30,6 @@ def main():
             mnist.unpack_mnist(args.data_dir)
         job.sum(0)  # a barrier: now all is unpacked
         (images, labels), _ = mnist.load_mnist(args.data_dir)
-        mnist.keep_freed_memory()
         trainer = mnist.Trainer(args, job, torch.device("cpu"))
         model = job.distribute(trainer.learner, images[:1])
         agree, samples = job.stop_if_asked, STEPS * args.batch_size * job.world_size

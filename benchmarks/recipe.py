@@ -35,7 +35,6 @@ def learn(seed, flags, validate):
     if validate:
         test_set = [tensor[-HELD_OUT:] for tensor in training_set]
         training_set = [tensor[:-HELD_OUT] for tensor in training_set]
-    mnist.keep_freed_memory()
     trainer = mnist.Trainer(args, job, torch.device("cpu"))
     accuracies = []
     for epoch in range(1, args.epochs + 1):

@@ -249,7 +249,6 @@ def distribute(model, variant):
 def bench_in_earnest(job, variant, data):
     """Return a function that trains for so many steps, and returns how long it took; and the model."""
     args = mnist.parse_arguments(["--log-interval", "999999"])
-    mnist.keep_freed_memory()
     trainer = mnist.Trainer(args, job, torch.device("cpu"))
     model = trainer.learner if job.world_size == 1 else distribute(trainer.learner, variant)
 

@@ -1,10 +1,10 @@
 """What a step of training costs, line by line, against what the processor could do at best.
 
-python benchmarks/step.py                        one thread
-python benchmarks/step.py --threads 2 --bf16     all other flags are mnist.py's
+python benchmarks/step.py                one thread; writes the table in benchmarks/README.md
+python benchmarks/step.py --threads 2    prints it only
 
-Writes the table in benchmarks/README.md, unless there are flags. The limit is the speed at which this
-machine multiplies large matrices, measured between blocks of steps, so that both have the same neighbours.
+The limit is the speed at which this machine multiplies large matrices, measured between blocks of steps, so
+that both have the same neighbours.
 """
 
 import argparse
@@ -68,11 +68,11 @@ def cost_of_lines(trainer, images, labels):
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         trainer.begin(trainer.epoch + 1)
         trainer.train(trainer.learner, images, labels)
-    shares = {}
+    events, shares = seen.key_averages(group_by_input_shape=True), {}
     for title, name, shape in LINES:
         found = [
             event.cpu_time_total
-            for event in seen.key_averages(group_by_input_shape=True)
+            for event in events
             if event.key == name and (shape is None or shape in event.input_shapes)
         ]
         if not found:
@@ -125,11 +125,10 @@ def count_operations(batch_size):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--threads", type=int, default=1)
-    ours, flags = parser.parse_known_args()
-    torch.set_num_threads(ours.threads)
-    args = mnist.parse_arguments([*flags, "--log-interval", "999999"])
+    threads = parser.parse_args().threads
+    torch.set_num_threads(threads)
+    args = mnist.parse_arguments(["--log-interval", "999999"])
     logging.disable()
-    mnist.keep_freed_memory()
     mnist.unpack_mnist(args.data_dir)
     (images, labels), _ = mnist.load_mnist(args.data_dir)
     images, labels = (tensor[: STEPS * args.batch_size] for tensor in (images, labels))
@@ -139,7 +138,7 @@ def main():
     shares = cost_of_lines(trainer, images, labels)
     found = table(args, steps, peaks, shares, count_operations(args.batch_size))
     print(found)
-    if len(sys.argv) == 1:
+    if threads == 1:
         PAGE.write_text(replace_between(PAGE.read_text(), "step", found))
 
 

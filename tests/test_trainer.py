@@ -174,7 +174,6 @@ def test_without_augmentation_or_smoothing_training_is_another(trained, small):
 def test_a_step_fetches_no_new_memory_from_the_system():
     program = """
 import resource, torch, mnist
-mnist.keep_freed_memory()
 trainer = mnist.Trainer(mnist.parse_arguments(["--log-interval", "999"]), mnist.Job(), torch.device("cpu"))
 images, labels = (tensor[:640] for tensor in mnist.load_mnist("datasets")[0])
 for epoch in (1, 2):
