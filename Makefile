@@ -48,7 +48,7 @@ bench: .venv/bench
 
 # How training scales over processes and hosts; needs root, and a machine that does nothing else.
 scale: .venv/tests
-	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python -m benchmarks.scale
 
 requirements: .venv/uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements.in -o requirements.txt
@@ -58,6 +58,8 @@ requirements: .venv/uv
 # For the tests that pip alone cannot provide for. Debian and Ubuntu; needs root.
 system-packages:
 	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends docker.io iproute2 iptables runc xvfb
+	apt-get install -y -qq --no-install-recommends iproute2 iptables xvfb
+	command -v docker || apt-get install -y -qq --no-install-recommends docker.io
+	command -v runc || apt-get install -y -qq --no-install-recommends runc
 	command -v chromium || command -v google-chrome || apt-get install -y -qq --no-install-recommends chromium
 	command -v kubectl || apt-get install -y -qq --no-install-recommends kubernetes-client

@@ -1,8 +1,8 @@
-"""Train a small convolutional network on MNIST: alone, on many processes, or on a cluster.
+"""Train a small convolutional network on MNIST: alone, in several processes, or on a cluster.
 
     python mnist.py --epochs 5                          alone
     python mnist.py --num-processes 2                   two processes of this machine
-    torchrun --standalone --nproc-per-node 2 mnist.py   the same through torchrun, elastic or not
+    torchrun --standalone --nproc-per-node 2 mnist.py   the same, started by torchrun
     python mnist.py                                     in a pod of a PyTorchJob, whose operator
                                                         sets MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE
 
@@ -79,7 +79,8 @@ HYPERPARAMETERS = (
 class Net(nn.Module):
     """Two convolutions and two linear layers: 1,199,882 parameters.
 
-    Weights and their names are those of PyTorch's own MNIST example, so they can be exchanged with it
+    They have the names and shapes of those in PyTorch's own MNIST example, so a state_dict of either fits
+    the other; but this network normalises the images itself
     (https://github.com/pytorch/examples/tree/main/mnist).
     """
 
@@ -162,10 +163,11 @@ def epoch_distortions(samples, seed, epoch):
     Each is an affine map from places in the new image to places in the old one, for F.affine_grid:
     by up to 10 degrees, 10 % and 2 pixels. Like the order, they follow from the seed and the epoch.
     """
+    # The samples too, or these numbers would be those that the order was made of.
     generator = torch.Generator().manual_seed(hash((seed, epoch, samples)))
     amounts = 2 * torch.rand(4, samples, generator=generator) - 1  # from -1 to 1
     angle, scale = math.radians(10) * amounts[0], 1 + 0.1 * amounts[1]
-    right, down = amounts[2:] * 2 / 14  # on a scale on which the image reaches from -1 to 1
+    right, down = amounts[2:] * 2 / 14  # 2 of 28 pixels, on a scale that reaches from -1 to 1
     sine, cosine = scale * angle.sin(), scale * angle.cos()
     return torch.stack([cosine, -sine, right, sine, cosine, down], dim=1).view(samples, 2, 3)
 
@@ -184,7 +186,7 @@ def distort(images, distortions):
 
 
 class Trainer:
-    """A model and how far its training has come: this is what a checkpoint holds."""
+    """A network that learns, its average, and how far they have come: this is what a checkpoint holds."""
 
     def __init__(self, args, job, device):
         self.args, self.job, self.device = args, job, device
@@ -199,8 +201,8 @@ class Trainer:
                 self.learner.parameters(),
                 lr=args.lr,
                 momentum=args.momentum,
-                nesterov=args.momentum > 0,
-                weight_decay=5e-4,
+                nesterov=args.momentum > 0,  # each step already looks where momentum will lead it
+                weight_decay=5e-4,  # draws every weight a little towards 0: only what pays stays large
             )
         self.scheduler = optim.lr_scheduler.StepLR(self.optimizer, step_size=1, gamma=args.gamma)
         self.history = []  # a dict for each finished epoch: the lines of metrics.jsonl
@@ -210,9 +212,9 @@ class Trainer:
         self.epoch = epoch
         self.samples_seen = 0  # in this epoch, by all processes together
         self.loss_sum = 0.0  # over those of them that this process has seen
-        self.seconds = 0.0  # spent on them
+        self.seconds = 0.0  # of training in this epoch
 
-    def train(self, model, images, labels):
+    def train(self, learner, images, labels):
         """Train for an epoch, or for what a resumed run has left of it. Returns the mean loss.
 
         Raises Stopped after a signal, FloatingPointError if the loss is no longer a finite number.
@@ -222,7 +224,7 @@ class Trainer:
         distortions = epoch_distortions(len(images), args.seed, self.epoch).to(self.device)
         batch_size = args.batch_size * world_size  # of all processes together
         clock = time.perf_counter() - self.seconds
-        model.train()
+        learner.train()
         for start in range(self.samples_seen, len(order), batch_size):
             self.job.stop_if_asked()
             batch = order[start : start + batch_size]
@@ -234,9 +236,10 @@ class Trainer:
                 digits = distort(digits, distortions[share])
             self.optimizer.zero_grad()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
-                output = model(digits)
+                output = learner(digits)
             # With 0.1, the aim is 91 % for the right digit and 1 % for each other one: a network that
-            # is pressed for 100 % learns its training images by heart.
+            # is pressed for 100 % learns its training images by heart. nll_loss, which suffices for a
+            # network that returns log-probabilities, cannot do that; cross_entropy leaves them as they are.
             smoothing = args.label_smoothing
             loss = F.cross_entropy(output, labels[share], reduction="sum", label_smoothing=smoothing)
             # Gradients are averaged over the processes. Scaled like this, the average is the gradient
@@ -262,9 +265,9 @@ class Trainer:
     def average(self, steps):
         """Let the model follow the learner, of which `steps` steps were averaged before.
 
-        The weights of the last tenth of the steps count most, those of the first are soon forgotten: each
-        step overshoots a little, and in the average these errors cancel out
-        (polynomial-decay averaging, https://proceedings.mlr.press/v28/shamir13.html).
+        Each step goes a little astray, for it has seen one batch only; in the average these errors cancel
+        out. The 10 gives two thirds of the weight, 1 - 0.9 ** 10, to the last tenth of all steps; the first
+        are soon forgotten (polynomial-decay averaging, https://proceedings.mlr.press/v28/shamir13.html).
         """
         for average, latest in zip(self.model.parameters(), self.learner.parameters(), strict=True):
             average.lerp_(latest, 10 / (10 + steps))
@@ -339,8 +342,10 @@ class Trainer:
             self.loss_sum = 0.0  # rank 0 has that of all
         logging.info(f"Resuming in epoch {self.epoch} after {self.samples_seen} samples")
         if (then := checkpoint["world_size"]) != (now := self.job.world_size):
+            size = self.args.batch_size
             logging.info(
-                f"{then} process(es) before, {now} now: same samples, but the last digits will differ"
+                f"{then} process(es) before, {now} now: the order of the samples stays the same, but a step "
+                f"now takes {size * now} of them instead of {size * then}, so the result will differ"
             )
 
 
@@ -406,8 +411,9 @@ def load_checkpoint(folder):
             if damaged := zipfile.ZipFile(path).testzip():
                 raise ValueError(f"wrong check sum of {damaged}")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            if checkpoint.get("progress", {}).keys() != set(PROGRESS):
-                raise ValueError("it is another program's")
+            for part, names in (("progress", PROGRESS), ("hyperparameters", HYPERPARAMETERS)):
+                if checkpoint.get(part, {}).keys() != set(names):
+                    raise ValueError("it is another program's, or another version's")
         except Exception as error:
             logging.warning(f"{path} is not a good checkpoint ({first_line(error)}): passed over")
             continue
@@ -444,7 +450,10 @@ class Stopped(Exception):
 
 @dataclass
 class Job:
-    """The place of this process among those that train together, in torchrun's words."""
+    """The place of this process among those that train together, in torchrun's words.
+
+    Its rank is its number among all `world_size` processes, its local rank that on this machine; from 0.
+    """
 
     started: str = "alone"
     rank: int = 0
@@ -477,8 +486,8 @@ class Job:
     def connected(self, backend, timeout):
         """Connect the processes, and from then on take note of SIGTERM and Ctrl-C.
 
-        A collective may take `timeout` seconds, and meeting ten times that, for pods start minutes
-        apart while images are pulled. Raises ConnectionError with the address of the meeting.
+        What all must do together may take `timeout` seconds, and meeting ten times that, for pods start
+        minutes apart while images are pulled. Raises ConnectionError with the address of the meeting.
         """
         where = f"rank {self.rank} of {self.world_size}"
         # Kubernetes sends SIGTERM before it takes a pod away, and SIGKILL 30 seconds later.
@@ -503,7 +512,7 @@ class Job:
 
     def meet(self, backend, limit):
         store, rank, size = next(dist.rendezvous("env://", timeout=10 * limit))
-        # Of itself only rank 0 waits so long for all: the others would give up after `limit`.
+        # By itself only rank 0 waits so long for all: the others would go on, and give up after `limit`.
         store.set(f"here/{rank}", "")
         store.wait([f"here/{other}" for other in range(size)])
         store.set_timeout(limit)
@@ -563,7 +572,7 @@ def choose_device(local_rank, accelerate=True):
 
 
 def keep_freed_memory():
-    """Keep the memory that a step frees for the next one, where the C library is glibc.
+    """Keep, from now on, the memory that a step frees for the next one, where the C library is glibc.
 
     It would give it back to the system after each step, and get it again page by page: a tenth of a step's
     time on a CPU (https://man7.org/linux/man-pages/man3/mallopt.3.html).
@@ -606,9 +615,9 @@ def parse_arguments(argv):
     add("--test-batch-size", metavar="N", type=count, default=1000, help="in evaluation (default: 1000)")
     add("--optimizer", choices=("adadelta", "sgd"), default="sgd", help="default: sgd")
     add("--lr", metavar="LR", type=rate, help="learning rate (default: 0.05 for sgd, 1.0 for adadelta)")
-    add("--gamma", metavar="M", type=factor, default=0.8, help="its factor after each epoch (default: 0.8)")
+    add("--gamma", metavar="M", type=factor, default=0.8, help="factor of lr after each epoch (default: 0.8)")
     add("--momentum", metavar="M", type=fraction, default=0.9, help="momentum of sgd (default: 0.9)")
-    add("--label-smoothing", metavar="X", type=fraction, default=0.1, help="spread of targets (default: 0.1)")
+    add("--label-smoothing", metavar="X", type=fraction, default=0.1, help="0: none (default: 0.1)")
     add("--no-augment", dest="augment", action="store_false", help="do not turn, scale and move digits")
     add("--bf16", action="store_true", help="multiply in bfloat16 in training: faster on some processors")
     add("--seed", metavar="S", type=integer, default=1, help="of all random numbers (default: 1)")
@@ -620,7 +629,7 @@ def parse_arguments(argv):
     add("--output-dir", metavar="DIR", default="output", help="where results go (default: output)")
     add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     add("--checkpoint-interval", metavar="N", type=from_zero, default=0, help="also save every N steps")
-    add("--timeout", metavar="S", type=seconds, default=60, help="seconds until a peer is lost (default: 60)")
+    add("--timeout", metavar="S", type=seconds, default=60, help="seconds to wait for others (default: 60)")
     add("--save-model", action="store_true", help="write mnist_model.pt, a state_dict")
     add("--dry-run", action="store_true", help="one batch of training, one of evaluation, no files")
     args = parser.parse_args(argv)
@@ -641,16 +650,15 @@ def run(args, job):
         f"backend {backend if job.world_size > 1 else 'none'}, {torch.get_num_threads()} threads"
     )
     writes = job.rank == 0 and not args.dry_run
+    if job.local_rank == 0:
+        unpack_mnist(args.data_dir)  # before the processes meet: then it is there for all
     with (
-        # nccl adds up gradients on the GPUs. The numbers in Job.sum are on the CPU: gloo adds up those.
+        # nccl adds up gradients on the GPUs. The numbers in Job.sum are on the CPU, and gloo adds those up.
         job.connected("cpu:gloo,cuda:nccl" if backend == "nccl" else backend, args.timeout),
         claimed(args.output_dir) if writes else nullcontext(),
     ):
         if job.world_size > 1:
             logging.info(f"Using distributed PyTorch with {backend} backend")
-        if job.local_rank == 0:
-            unpack_mnist(args.data_dir)
-        job.sum(0)  # a barrier: now all is unpacked
         training_set, test_set = load_mnist(args.data_dir, device)
         batch_size = args.batch_size * job.world_size
         if batch_size > (images := len(training_set[0])):
@@ -663,10 +671,10 @@ def run(args, job):
         trainer = Trainer(args, job, device)
         if args.resume and not args.dry_run:
             trainer.resume()
-        model = job.distribute(trainer.learner, training_set[0][:1])
+        learner = job.distribute(trainer.learner, training_set[0][:1])
         try:
             while trainer.epoch <= args.epochs:
-                train_loss = trainer.train(model, *training_set)
+                train_loss = trainer.train(learner, *training_set)
                 loss, correct = test(trainer.model, *test_set, args.test_batch_size, job)
                 loss, accuracy = trainer.finite(loss), correct / len(test_set[0])
                 logging.info(f"Test accuracy: {correct}/{len(test_set[0])} ({accuracy:6.1%})")
@@ -703,4 +711,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what is left to do is to end

@@ -115,3 +115,16 @@ def test_the_flags_table_of_the_readme_is_the_help_text(capsys, monkeypatch):
     flags = dict(re.findall(r"^  (--.*?)(?:  +|\n +)(\S.*)$", capsys.readouterr().out, re.M))
     table = dict(re.findall(r"^\| `(--[^`]*)` \| (.*) \|$", (ROOT / "README.md").read_text(), re.M))
     assert table == flags
+
+
+def test_after_the_program_a_notebook_has_its_signals_back():
+    """%run runs it in the notebook's own process, which must not keep the program's way to end."""
+    code = """
+import runpy, signal, sys
+sys.argv = ["mnist.py", "--help"]
+try:
+    runpy.run_path("mnist.py", run_name="__main__")
+except SystemExit:
+    print("SIGTERM:", signal.getsignal(signal.SIGTERM).name)
+"""
+    assert "SIGTERM: SIG_DFL" in run(ROOT, "-c", code)[1]

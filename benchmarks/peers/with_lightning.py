@@ -1,7 +1,7 @@
 """The method of Lightning's image classifier example: a LightningModule, and a Trainer that runs it.
 
-That example has this very network and recipe, so there is no --own. What would cost time and is not asked
-for here, checkpoints, loggers and the progress bar, is off.
+That example (pl_examples/basic_examples/mnist_examples) had this very network and recipe, so there is no
+--own. What would cost time and is not asked for here, checkpoints, loggers and the progress bar, is off.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """A switch whose wires are long: it hands frames on from port to port after a while.
 
-python benchmarks/delay.py SECONDS PORT…        in the network namespace of the ports, as root
+python benchmarks/scale/delay.py SECONDS PORT…        in the network namespace of the ports, as root
 
 Linux delays packets with netem, where the kernel has it; this serves where it has not. A port is the near
 end of a host's cable, taken off its bridge. It prints "ready", and runs until it is stopped.
