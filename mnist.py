@@ -714,4 +714,4 @@ if __name__ == "__main__":
     try:
         main()
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what is left to do is to end
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # after %run, a notebook lives on
