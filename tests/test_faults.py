@@ -226,6 +226,12 @@ def old_format(path):
     torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
 
 
+def of_another_version(path):
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["hyperparameters"]["label_smoothing"]  # a flag that it did not have
+    torch.save(checkpoint, path)
+
+
 FOREIGN = {
     "an empty file": lambda path: path.write_bytes(b""),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
@@ -234,6 +240,7 @@ FOREIGN = {
     "a pickle that runs a program": lambda path: torch.save({"progress": Trap()}, path),
     "weights alone": lambda path: torch.save(torch.load(path, weights_only=True)["model"], path),
     "a list": lambda path: torch.save([1, 2, 3], path),
+    "a checkpoint of another version": of_another_version,
 }
 
 
