@@ -1,6 +1,6 @@
 """How training scales over processes and hosts, and how it would over more of them than there are here.
 
-    sudo make scale                                                all of it: half an hour, on a quiet machine
+    sudo make scale                                                all of it: 40 minutes, on a quiet machine
     .venv/bin/python -m benchmarks.scale --rounds 1 --steps 4      a trial; with --output DIR, to look at only
 
 Root is needed, for hosts: network namespaces that send at a limited rate over a wire of some length. Every

@@ -12,6 +12,7 @@ from tests.conftest import clean_environment
 from tests.hosts import Process, PyTorchJob, ip
 
 WORKER = Path(__file__).resolve().with_name("worker.py")
+SWITCH = WORKER.with_name("delay.py")
 
 
 @contextmanager
@@ -29,8 +30,7 @@ def linked(link, folder):
         ports = [host.link for host in job.hosts]
         for port in ports:
             ip("-n", job.bridge, "link", "set", port, "nomaster")  # off its bridge, on to our switch
-        delay = Path(__file__).resolve().with_name("delay.py")
-        command = ["ip", "netns", "exec", job.bridge, sys.executable, delay, link.delay, *ports]
+        command = ["ip", "netns", "exec", job.bridge, sys.executable, SWITCH, link.delay, *ports]
         switch = Process(command, Path(folder, "switch.log"))
         try:
             assert switch.until("ready"), switch.output
