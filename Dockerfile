@@ -4,7 +4,7 @@
 ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE} AS python
 WORKDIR /app
-# Any user may run the images, even one without a home; to write into them, it takes group 0.
+# Any user may run the images, even one without a home.
 ENV HOME=/tmp PYTHONUNBUFFERED=1
 
 # uv installs the packages, and stays out of the images. UV_DEFAULT_INDEX names another package index.
