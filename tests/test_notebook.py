@@ -559,6 +559,11 @@ def test_the_stored_notebook_has_been_run_from_top_to_bottom_in_one_go():
     assert float(accuracies[-1]) >= 0.99
 
 
+def test_the_stored_notebook_shows_the_dockerfile_as_it_is():
+    (output,) = CELLS["show-the-dockerfile"].outputs
+    assert output.text.strip() == (ROOT / "Dockerfile").read_text().strip()
+
+
 def test_the_stored_notebook_is_clean():
     stored = nbformat.read(NOTEBOOK, as_version=4)
     assert set(stored.metadata) == {"kernelspec", "language_info"}
