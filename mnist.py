@@ -460,6 +460,7 @@ class Job:
     world_size: int = 1
     local_rank: int = 0
     asked_to_stop: bool = False
+    question: tuple | None = None  # the last sum that says who was asked to stop, and its arrival
 
     @classmethod
     def from_environment(cls):
@@ -540,8 +541,16 @@ class Job:
         self.asked_to_stop = True
 
     def stop_if_asked(self):
-        """Raise Stopped in all processes if any of them was asked to stop."""
-        if any(self.sum(self.asked_to_stop)):
+        """Raise Stopped in all processes at once if any of them was asked to stop.
+
+        The sum that says so travels while a step computes, and is read before the next one: nobody waits.
+        """
+        asked = torch.tensor(float(self.asked_to_stop))
+        if self.world_size > 1:
+            question = asked, dist.all_reduce(asked, async_op=True)
+            (asked, arrival), self.question = self.question or question, question
+            arrival.wait()
+        if asked:
             raise Stopped
 
 

@@ -44,21 +44,21 @@ class Model:
         return float(max(bounds(workers, size, rate, delay) @ self.costs))
 
     def step(self, pace, workers, rate, delay, buckets=BUCKETS):
-        """Return the seconds of a step: agreement, computing, and what computing does not hide of the rest.
+        """Return the seconds of a step: computing, and what that does not hide of communication.
 
-        A bucket is sent when its gradients are there. gloo sends two at a time, so they wait for the wire's
-        delay together, but share its bandwidth.
+        The agreement on stopping has time until the next step. A bucket is sent when its gradients are there.
+        gloo sends two at a time, so they wait for the wire's delay together, but share its bandwidth.
         """
         if workers == 1:
             return pace.step
         agreement = self.all_reduce(workers, AGREEMENT, rate, delay)
-        ready = [agreement + pace.rest + pace.head, agreement + pace.step][-len(buckets) :]
+        ready = [pace.rest + pace.head, pace.step][-len(buckets) :]
         ends = [
             there + self.all_reduce(workers, size, rate, delay)
             for size, there in zip(buckets, ready, strict=True)
         ]
         busy = max(bounds(workers, sum(buckets), rate, delay)[:2] @ self.costs)
-        return float(max(*ends, ready[0] + busy)) + self.bucket * len(buckets)
+        return float(max(*ends, ready[0] + busy, agreement)) + self.bucket * len(buckets)
 
 
 def bounds(workers, size, rate, delay):
