@@ -626,7 +626,7 @@ def parse_arguments(argv):
     add("--lr", metavar="LR", type=rate, help="learning rate (default: 0.05 for sgd, 1.0 for adadelta)")
     add("--gamma", metavar="M", type=factor, default=0.8, help="factor of lr after each epoch (default: 0.8)")
     add("--momentum", metavar="M", type=fraction, default=0.9, help="momentum of sgd (default: 0.9)")
-    add("--label-smoothing", metavar="X", type=fraction, default=0.1, help="0: none (default: 0.1)")
+    add("--label-smoothing", metavar="X", type=fraction, default=0.1, help="0: aim at 100 %% (default: 0.1)")
     add("--no-augment", dest="augment", action="store_false", help="do not turn, scale and move digits")
     add("--bf16", action="store_true", help="multiply in bfloat16 in training: faster on some processors")
     add("--seed", metavar="S", type=integer, default=1, help="of all random numbers (default: 1)")
