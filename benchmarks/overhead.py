@@ -19,7 +19,7 @@ import torch
 
 import mnist
 
-PAIRS, STEPS = 30, 20
+PAIRS, STEPS = 80, 20
 
 
 def main():
