@@ -2,6 +2,7 @@
 
 python benchmarks/bench.py                                   what `make bench` does: all of it
 python benchmarks/bench.py --images 512 --rounds 1 --cap 2   a trial of minutes; it prints the table only
+python benchmarks/bench.py --gpu --epochs 5                  on an NVIDIA GPU, those that use PyTorch
 python benchmarks/bench.py --render                          only the pages and the picture, from results.json
 
 In each round every contender trains and evaluates in a process of its own. They take turns, in another
@@ -34,9 +35,11 @@ from benchmarks.reporting import processor, replace_between
 # Nothing large is imported up here: the peak memory of a child is never less than this process has.
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "benchmarks" / "README.md", ROOT / "README.md")
+PAGE = ROOT / "benchmarks" / "README.md"
+PAGES = (PAGE, ROOT / "README.md")
 PICTURE = ROOT / "docs" / "bench.png"
 RESULTS = ROOT / "benchmarks" / "results.json"
+GPU_RESULTS = ROOT / "benchmarks" / "results-gpu.json"
 IMAGES = 60_000
 GOAL = 0.99
 FINAL = 5  # epochs after which accuracies are compared: mnist.py's default
@@ -59,7 +62,12 @@ class Contender:
         """Whether it has a network of its own: then its epochs are other work, and not compared."""
         return "--own" in self.flags
 
-    def command(self, epochs, threads, images, output):
+    @property
+    def on_gpu(self):
+        """Whether it can use a GPU here: of JAX, the build for CPUs is installed."""
+        return self.script not in ("with_keras.py", "with_flax.py")
+
+    def command(self, epochs, threads, images, gpu, output):
         """Return the arguments for Python."""
         if self.script:
             few = ("--images", images) if images else ()
@@ -70,10 +78,12 @@ class Contender:
                 "--threads",
                 threads,
                 *few,
+                *(("--gpu",) if gpu else ()),
                 *self.flags,
             )
         ours = ("benchmarks/peers/ours_on_few.py", images) if images else ("mnist.py",)
-        return (*ours, "--epochs", epochs, "--no-cuda", "--output-dir", output, *self.flags)
+        device = () if gpu else ("--no-cuda",)
+        return (*ours, "--epochs", epochs, *device, "--output-dir", output, *self.flags)
 
 
 OURS = Contender("ours", "**mnist.py**")
@@ -100,12 +110,13 @@ KEYS = [contender.key for contender in CONTENDERS]
 # --- Running --------------------------------------------------------------------------------------
 
 
-def environment(threads):
-    """Return the environment of all contenders: so many threads, no GPU, and no job they could be part of."""
+def environment(threads, gpu):
+    """Return the environment of all contenders: so many threads, and no job they could be part of."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PET_", "TORCHELASTIC_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     threads = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return kept | threads | {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    return kept | threads | hidden | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
 
 
 def events(line, is_first):
@@ -126,15 +137,15 @@ def events(line, is_first):
     return {}
 
 
-def run(contender, epochs, threads, images=None, enough=lambda epochs: False):
+def run(contender, epochs, threads, images=None, gpu=False, enough=lambda epochs: False):
     """Train and evaluate once, until the epochs so far are `enough`. Returns what was seen, as a dict."""
     seen = {"contender": contender.key, "start_up": None, "epochs": [], "error": None}
     with tempfile.TemporaryDirectory() as output, tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, *map(str, contender.command(epochs, threads, images, output))],
+            [sys.executable, *map(str, contender.command(epochs, threads, images, gpu, output))],
             cwd=ROOT,
-            env=environment(threads),
+            env=environment(threads, gpu),
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -182,7 +193,8 @@ def compare(contenders, args, keep):
     def turn(contender, number, *rest, **options):
         if contender.key in broken:
             return
-        seen = {"round": number, **run(contender, *rest, threads=args.threads, images=args.images, **options)}
+        where = {"threads": args.threads, "images": args.images, "gpu": args.gpu}
+        seen = {"round": number, **run(contender, *rest, **where, **options)}
         if seen["error"]:
             broken.add(contender.key)
         keep(seen)
@@ -200,6 +212,14 @@ def compare(contenders, args, keep):
         turn(contender, None, args.cap, enough=enough)  # belongs to no round
 
 
+def gpu_name():
+    """Return the name of the GPU that PyTorch would use; the program ends where there is none."""
+    # In a process of its own, for torch is large.
+    ask = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    answer = subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True, check=True)
+    return answer.stdout.strip() or sys.exit("bench.py: PyTorch finds no NVIDIA GPU here: leave out --gpu")
+
+
 def machine(args):
     """Return what the results depend on."""
     versions = {}
@@ -213,7 +233,12 @@ def machine(args):
         "cpu": processor(),
         "python": platform.python_version(),
         "packages": versions,
-        "contenders": [key for key in KEYS if key in (args.only or KEYS)],
+        "contenders": [
+            contender.key
+            for contender in CONTENDERS
+            if contender.key in (args.only or KEYS) and (contender.on_gpu or not args.gpu)
+        ],
+        "gpu": gpu_name() if args.gpu else None,
         "threads": args.threads,
         "images": args.images or IMAGES,
         "rounds": args.rounds,
@@ -269,8 +294,10 @@ def table(results):
     """Return the results as Markdown."""
     few = "" if results["images"] == IMAGES else f", {results['images']:,} images only"
     versions = ", ".join(f"{name} {version}" for name, version in results["packages"].items() if version)
+    gpu = f"{results['gpu']} beside " if results.get("gpu") else ""
+    seconds = "{:.2f} s" if gpu else "{:.1f} s"
     lines = [
-        f"{results['cpu']}, {plural(results['threads'], 'thread')}{few}; {results['date']}; "
+        f"{gpu}{results['cpu']}, {plural(results['threads'], 'thread')}{few}; {results['date']}; "
         f"Python {results['python']}, {versions}. Medians of {plural(results['rounds'], 'round')}.",
         "",
         "| trainer | an epoch | ratio to mnist.py | images a second | CPU time | peak memory | start "
@@ -283,13 +310,14 @@ def table(results):
             continue
         goal = f"not in {plural(results['cap'], 'epoch')}" if row["final"] else NOTHING
         if row["to_goal"]:
-            goal = f"{row['to_goal']:.0f} s ({plural(row['epochs_to_goal'], 'epoch')})"
+            to_goal = f"{row['to_goal']:.1f}" if gpu else f"{row['to_goal']:.0f}"
+            goal = f"{to_goal} s ({plural(row['epochs_to_goal'], 'epoch')})"
         cells = (
             row["title"],
-            show(row["seconds"], "{:.1f} s"),
+            show(row["seconds"], seconds),
             show(row["ratio"], "{:.2f}"),
             show(row["images_per_second"], "{:,.0f}"),
-            show(row["cpu_seconds"], "{:.1f} s"),
+            show(row["cpu_seconds"], seconds),
             show(row["peak_memory"], "{:.2f} GiB", 2**30),
             show(row["start_up"], "{:.1f} s"),
             goal,
@@ -311,9 +339,9 @@ def plural(number, thing):
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def write_between_markers(page, text):
+def write_between_markers(page, text, mark="bench"):
     """Put `text` between the markers of a page, and leave the rest of it as it is."""
-    page.write_text(replace_between(page.read_text(), "bench", text))
+    page.write_text(replace_between(page.read_text(), mark, text))
 
 
 def draw(results, picture):
@@ -354,7 +382,9 @@ def draw(results, picture):
 
 
 def render(results, pages=PAGES, picture=PICTURE):
-    """Write the table into the pages, and the picture."""
+    """Write the table into the pages, and the picture; of a GPU, only the table into this folder's page."""
+    if results.get("gpu"):
+        return write_between_markers(PAGE, table(results), "bench-gpu")
     draw(results, picture)
     for page in pages:
         path = os.path.relpath(picture, page.parent)
@@ -375,11 +405,16 @@ def parse_arguments(argv):
     add("--threads", type=int, default=len(cores), help="of each contender (default: all cores)")
     add("--images", type=int, help="a trial on so many images; prints the table only")
     add("--only", nargs="+", choices=KEYS, metavar="NAME", help=f"a trial with some of {', '.join(KEYS)}")
-    add("--results", type=Path, help="where the raw results go (default: benchmarks/results.json)")
+    add("--gpu", action="store_true", help="on an NVIDIA GPU; only those that use PyTorch")
+    add("--results", type=Path, help="where the raw results go (default: in benchmarks/)")
     add("--render", action="store_true", help="run nothing, write pages and picture from the results")
     args = parser.parse_args(argv)
+    if args.gpu and (lost := [c.key for c in CONTENDERS if c.key in (args.only or ()) and not c.on_gpu]):
+        parser.error(f"JAX's build for CPUs is installed: {', '.join(lost)} cannot run with --gpu")
     args.trial = bool(args.images or args.only)
-    args.results = args.results or (ROOT / "output" / "bench-trial.json" if args.trial else RESULTS)
+    args.results = args.results or (
+        ROOT / "output" / "bench-trial.json" if args.trial else GPU_RESULTS if args.gpu else RESULTS
+    )
     if hasattr(os, "sched_setaffinity"):  # JAX has no other way to limit its threads; children inherit this
         os.sched_setaffinity(0, cores[: args.threads])
     return args

@@ -58,6 +58,24 @@ def test_contenders_run_and_leave_all_figures(tmp_path):
     assert f"{bench.table(results)}\n" in output
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said_in_a_sentence():
+    code, output = run(ROOT, "benchmarks/bench.py", "--gpu", "--images", 256)
+    assert (code, output) == (1, "bench.py: PyTorch finds no NVIDIA GPU here: leave out --gpu\n")
+
+
+def test_on_a_gpu_those_that_can_use_it_do():
+    able = [contender for contender in bench.CONTENDERS if contender.on_gpu]
+    assert [contender.key for contender in bench.CONTENDERS if contender not in able] == [
+        *("keras", "flax", "keras_own", "flax_own")
+    ]
+    for contender in able:
+        here, there = (contender.command(1, 1, None, gpu, "output") for gpu in (False, True))
+        assert set(here) ^ set(there) == ({"--gpu"} if contender.script else {"--no-cuda"})
+        assert "CUDA_VISIBLE_DEVICES" not in bench.environment(1, True).keys() - os.environ.keys()
+    assert bench.environment(1, False)["CUDA_VISIBLE_DEVICES"] == ""
+
+
 def test_contender_that_cannot_be_imported_is_listed(tmp_path, monkeypatch):
     (tmp_path / "peer.py").write_text("import no_such_library\n")
     path = os.path.relpath(tmp_path / "peer.py", ROOT / "benchmarks" / "peers")
@@ -123,6 +141,18 @@ def test_table_has_medians_and_ratios_of_the_same_round(results):
         == "| **mnist.py** | 30.0 s | 1.00 | 2,000 | 60.0 s | 1.00 GiB | 3.0 s | 40 s (2 epochs) | 99.15 % |"
     )
     assert flax == "| Flax | 55.0 s | 1.75 | 1,091 | 110.0 s | 1.00 GiB | 3.0 s | not in 6 epochs | 98.00 % |"
+
+
+def test_figures_of_a_gpu_have_a_table_of_their_own(results, tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text("<!-- bench -->\nold\n<!-- /bench --><!-- bench-gpu -->\nold\n<!-- /bench-gpu -->\n")
+    monkeypatch.setattr(bench, "PAGE", page)
+    bench.render(results | {"gpu": "a GPU"}, [], tmp_path / "no.png")
+    text = page.read_text()
+    assert text.startswith(
+        "<!-- bench -->\nold\n<!-- /bench --><!-- bench-gpu -->\n\na GPU beside a processor"
+    )
+    assert "| 30.00 s | 1.00 |" in text and list(tmp_path.iterdir()) == [page]
 
 
 def test_pages_change_between_the_markers_only(results, tmp_path):

@@ -11,4 +11,4 @@ from pytorch_example import main
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="dropout2d")  # it also uses it on what are no images any more
-    main(__doc__, dropout=nn.Dropout2d, shuffle_test=True)
+    main(__doc__, dropout=nn.Dropout2d, shuffle_on_gpu=False, shuffle_test=True)

@@ -1,8 +1,9 @@
 """What all peers share: their flags, their reports, and the digits. Imports no library of any of them.
 
-A peer is started as `python benchmarks/peers/NAME.py --epochs N --threads N [--images N] [--own]` and prints
-JSON lines to standard output: {"ready": true} when all is set up and training begins, and after each epoch
-{"epoch": 1, "seconds": 30.1, "accuracy": 0.9834}, where the seconds are those of training and evaluation.
+A peer is started as `python benchmarks/peers/NAME.py --epochs N --threads N [--images N] [--own] [--gpu]`.
+It prints JSON lines to standard output: {"ready": true} when all is set up and training begins, and after
+each epoch {"epoch": 1, "seconds": 30.1, "accuracy": 0.9834}, where the seconds are those of training and
+evaluation.
 """
 
 import argparse
@@ -18,14 +19,19 @@ RATE, GAMMA, RHO, EPSILON = 1.0, 0.7, 0.9, 1e-6  # of Adadelta; the last two are
 MEAN, STD = 0.1307, 0.3081
 
 
-def parse_arguments(description, own=False):
-    """Return the flags' values; `own` says that the library's own example has a network of its own."""
+def parse_arguments(description, own=False, gpu=False):
+    """Return the flags' values.
+
+    `own` says that the library's own example has a network of its own, `gpu` that it can use a GPU here.
+    """
     parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--images", type=int, help="only so many for training, and for evaluation")
     if own:
         parser.add_argument("--own", action="store_true", help="the example's own network and recipe")
+    if gpu:
+        parser.add_argument("--gpu", action="store_true", help="train on the GPU")
     return parser.parse_args()
 
 

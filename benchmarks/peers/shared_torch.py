@@ -36,23 +36,33 @@ def adadelta(model):
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=GAMMA)
 
 
-def loaders(images=None, shuffle=False, shuffle_test=False):
-    """Return the loaders of the training set and of the test set."""
+def loaders(images=None, shuffle=False, shuffle_test=False, gpu=False):
+    """Return the loaders of the training set and of the test set.
+
+    For a GPU, a process beside this one decodes the images, as in PyTorch's own example.
+    """
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
     sets = [datasets.MNIST(DATA, train=train, transform=transform) for train in (True, False)]
     if images:
         sets = [Subset(digits, range(images)) for digits in sets]
     training_set, test_set = sets
+    workers = {"num_workers": 1, "persistent_workers": True, "pin_memory": True} if gpu else {}
     return (
-        DataLoader(training_set, batch_size=BATCH, shuffle=shuffle),
-        DataLoader(test_set, batch_size=TEST_BATCH, shuffle=shuffle_test),
+        DataLoader(training_set, batch_size=BATCH, shuffle=shuffle, **workers),
+        DataLoader(test_set, batch_size=TEST_BATCH, shuffle=shuffle_test, **workers),
     )
+
+
+def device(args):
+    return torch.device("cuda" if args.gpu else "cpu")
 
 
 def train(model, loader, optimizer):
     """Train for an epoch, and show the loss at every tenth step."""
     model.train()
+    where = next(model.parameters()).device
     for step, (images, labels) in enumerate(loader):
+        images, labels = images.to(where), labels.to(where)
         optimizer.zero_grad()
         loss = F.nll_loss(model(images), labels)
         loss.backward()
@@ -66,7 +76,9 @@ def evaluate(model, loader):
     """Return the share of right answers; the mean loss is computed too, as the examples do."""
     model.eval()
     loss, correct = 0.0, 0
+    where = next(model.parameters()).device
     for images, labels in loader:
+        images, labels = images.to(where), labels.to(where)
         output = model(images)
         loss += F.nll_loss(output, labels, reduction="sum").item()
         correct += (output.argmax(dim=1) == labels).sum().item()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ignite.engine import Events, create_supervised_evaluator, create_supervised_trainer
 from ignite.metrics import Accuracy, Loss
 from shared import Reports, parse_arguments
-from shared_torch import Net, adadelta, loaders
+from shared_torch import Net, adadelta, device, loaders
 
 
 def own_net():
@@ -32,18 +32,19 @@ def own_net():
 
 
 def main():
-    args = parse_arguments(__doc__, own=True)
+    args = parse_arguments(__doc__, own=True, gpu=True)
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
-    training_set, test_set = loaders(args.images, shuffle=True)
+    training_set, test_set = loaders(args.images, shuffle=True, gpu=args.gpu)
     if args.own:
-        model, scheduler = own_net(), None
+        model, scheduler = own_net().to(device(args)), None
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
     else:
-        model = Net()
+        model = Net().to(device(args))
         optimizer, scheduler = adadelta(model)
-    trainer = create_supervised_trainer(model, optimizer, F.nll_loss)
-    evaluator = create_supervised_evaluator(model, metrics={"accuracy": Accuracy(), "loss": Loss(F.nll_loss)})
+    trainer = create_supervised_trainer(model, optimizer, F.nll_loss, device(args))
+    metrics = {"accuracy": Accuracy(), "loss": Loss(F.nll_loss)}
+    evaluator = create_supervised_evaluator(model, metrics, device(args))
     reports = Reports()
 
     @trainer.on(Events.STARTED)

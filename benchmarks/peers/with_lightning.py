@@ -49,15 +49,16 @@ class Classifier(lightning.LightningModule):
 
 
 def main():
-    args = parse_arguments(__doc__)
+    args = parse_arguments(__doc__, gpu=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")  # advice about workers and loggers
     torch.set_num_threads(args.threads)
     lightning.seed_everything(1, verbose=False)
-    training_set, test_set = loaders(args.images, shuffle=True)
+    training_set, test_set = loaders(args.images, shuffle=True, gpu=args.gpu)
     trainer = lightning.Trainer(
         max_epochs=args.epochs,
-        accelerator="cpu",
+        accelerator="gpu" if args.gpu else "cpu",
+        devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
