@@ -548,6 +548,7 @@ class Job:
         asked = torch.tensor(float(self.asked_to_stop))
         if self.world_size > 1:
             question = asked, dist.all_reduce(asked, async_op=True)
+            # The one before is answered by now. The first has none before it, and waits for its own answer.
             (asked, arrival), self.question = self.question or question, question
             arrival.wait()
         if asked:

@@ -111,7 +111,7 @@ KEYS = [contender.key for contender in CONTENDERS]
 
 
 def environment(threads, gpu):
-    """Return the environment of all contenders: so many threads, and no job they could be part of."""
+    """Return the environment of all contenders: so many threads, a GPU if it is asked for, no job."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PET_", "TORCHELASTIC_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     threads = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}

@@ -72,7 +72,7 @@ def test_on_a_gpu_those_that_can_use_it_do():
     for contender in able:
         here, there = (contender.command(1, 1, None, gpu, "output") for gpu in (False, True))
         assert set(here) ^ set(there) == ({"--gpu"} if contender.script else {"--no-cuda"})
-        assert "CUDA_VISIBLE_DEVICES" not in bench.environment(1, True).keys() - os.environ.keys()
+    assert "CUDA_VISIBLE_DEVICES" not in bench.environment(1, True).keys() - os.environ.keys()
     assert bench.environment(1, False)["CUDA_VISIBLE_DEVICES"] == ""
 
 
