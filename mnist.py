@@ -624,8 +624,8 @@ def parse_arguments(argv):
     add("--batch-size", metavar="N", type=count, default=64, help="per process and step (default: 64)")
     add("--test-batch-size", metavar="N", type=count, default=1000, help="in evaluation (default: 1000)")
     add("--optimizer", choices=("adadelta", "sgd"), default="sgd", help="default: sgd")
-    add("--lr", metavar="LR", type=rate, help="learning rate (default: 0.05 for sgd, 1.0 for adadelta)")
-    add("--gamma", metavar="M", type=factor, default=0.8, help="factor of lr after each epoch (default: 0.8)")
+    add("--lr", metavar="LR", type=rate, help="learning rate (default: 0.07 for sgd, 1.0 for adadelta)")
+    add("--gamma", metavar="M", type=factor, default=0.75, help="factor of lr per epoch (default: 0.75)")
     add("--momentum", metavar="M", type=fraction, default=0.9, help="momentum of sgd (default: 0.9)")
     add("--label-smoothing", metavar="X", type=fraction, default=0.1, help="0: aim at 100 %% (default: 0.1)")
     add("--no-augment", dest="augment", action="store_false", help="do not turn, scale and move digits")
@@ -644,7 +644,7 @@ def parse_arguments(argv):
     add("--dry-run", action="store_true", help="one batch of training, one of evaluation, no files")
     args = parser.parse_args(argv)
     if args.lr is None:
-        args.lr = 1.0 if args.optimizer == "adadelta" else 0.05
+        args.lr = 1.0 if args.optimizer == "adadelta" else 0.07
     return args
 
 

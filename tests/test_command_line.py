@@ -25,8 +25,8 @@ def refuse(capsys):
 def test_defaults_are_those_of_the_plan():
     args = vars(mnist.parse_arguments([]))
     assert args == {
-        "epochs": 5, "batch_size": 64, "test_batch_size": 1000, "optimizer": "sgd", "lr": 0.05,
-        "gamma": 0.8, "momentum": 0.9, "label_smoothing": 0.1, "augment": True, "bf16": False, "seed": 1,
+        "epochs": 5, "batch_size": 64, "test_batch_size": 1000, "optimizer": "sgd", "lr": 0.07,
+        "gamma": 0.75, "momentum": 0.9, "label_smoothing": 0.1, "augment": True, "bf16": False, "seed": 1,
         "log_interval": 10, "no_cuda": False, "backend": None, "num_processes": 1, "data_dir": "datasets",
         "output_dir": "output", "resume": False, "checkpoint_interval": 0, "timeout": 60,
         "save_model": False, "dry_run": False,

@@ -344,8 +344,8 @@ def test_a_second_run_into_the_same_folder_is_refused(project, trainer):
     [
         ("batch_size", 30, 31),
         ("optimizer", "sgd", "adadelta"),
-        ("lr", 0.05, 0.5),
-        ("gamma", 0.8, 0.6),
+        ("lr", 0.07, 0.5),
+        ("gamma", 0.75, 0.6),
         ("momentum", 0.9, 0.6),
         ("label_smoothing", 0.1, 0.2),
         ("seed", 1, 2),

@@ -239,7 +239,7 @@ def test_metrics_file_says_what_the_log_says(trained):
     assert [f"{m['test_loss']:.4f}" for m in (first, second)] == re.findall(r"^loss=(.*)$", log, re.M)
     assert [f"{m['accuracy']:.4f}" for m in (first, second)] == re.findall(r"^accuracy=(.*)$", log, re.M)
     assert [m["epoch"] for m in (first, second)] == [1, 2]
-    assert [m["learning_rate"] for m in (first, second)] == pytest.approx([0.05, 0.04])
+    assert [m["learning_rate"] for m in (first, second)] == pytest.approx([0.07, 0.0525])
     assert first["train_loss"] > second["train_loss"] > 0
     assert first["samples_per_second"] == pytest.approx(1000 / first["seconds"])
 
