@@ -7,7 +7,7 @@
                                                         sets MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE
 
 Exit codes: 0 done; 1 failed (one line says why); 2 wrong usage; 143 stopped by SIGTERM, or by Ctrl-C
-once PyTorch is loaded. If training has begun, a checkpoint is saved first, and --resume goes on from it.
+once the data is unpacked. If training has begun, a checkpoint is saved first, and --resume goes on from it.
 """
 
 import argparse
@@ -654,6 +654,7 @@ def run(args, job):
     if device.type == "cuda":  # or a resumed run would differ in its last digits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and nothing here reads it
     backend = args.backend or ("nccl" if device.type == "cuda" else "gloo")
     logging.info(
         f"Started {job.started}: rank {job.rank} of {job.world_size}, device {device}, "
@@ -694,7 +695,7 @@ def run(args, job):
                 trainer.finish_epoch(train_loss, loss, accuracy)
         except Stopped:
             trainer.save()
-            logging.info("Stopped by a signal. A checkpoint is saved: --resume goes on from it")
+            logging.info("Stopped by a signal. --resume goes on from the newest checkpoint")
             sys.exit(143)
         if args.save_model and writes:
             write(Path(args.output_dir, "mnist_model.pt"), serialize(trainer.model.state_dict()))

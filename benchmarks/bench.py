@@ -7,7 +7,8 @@ python benchmarks/bench.py --render                          only the pages and 
 
 In each round every contender trains and evaluates in a process of its own. They take turns, in another
 order in each round, so that whatever else the machine does falls on all alike. Then each trains once more,
-until it has got 99 % of the test images right. All is timed by this program, when a contender's lines arrive.
+for 5 epochs or more, until it has got 99 % of the test images right, or had --cap epochs. All is timed by
+this program, when a contender's lines arrive.
 """
 
 import argparse
@@ -93,7 +94,7 @@ PEERS_RECIPE = tuple(
 )
 CONTENDERS = (
     OURS,
-    Contender("ours_adadelta", "mnist.py --optimizer adadelta", flags=PEERS_RECIPE),
+    Contender("ours_adadelta", "mnist.py, with the others' recipe", flags=PEERS_RECIPE),
     Contender("pytorch_example", "PyTorch's example", "pytorch_example.py"),
     Contender("seed", "the tutorial it descends from", "seed.py"),
     Contender("lightning", "Lightning", "with_lightning.py"),

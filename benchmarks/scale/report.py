@@ -1,5 +1,7 @@
 """The tables and the picture."""
 
+import math
+
 import numpy as np
 
 from benchmarks.scale.model import AGREEMENT, Pace, fit
@@ -148,7 +150,7 @@ def held_out_table(rounds, model):
 def prediction_table(predicted):
     rows = []
     for number, workers in enumerate(PREDICTED):
-        cells = [workers, max(1, round(IMAGES / BATCH / workers))]
+        cells = [workers, math.ceil(IMAGES / BATCH / workers)]
         for steps in predicted.values():
             step, one = steps[number][1], steps[0][1][1]
             cells += [spread(step, 1000), f"{BATCH * workers / step[1]:,.0f}", f"{one / step[1]:.0%}"]
