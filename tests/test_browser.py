@@ -13,10 +13,10 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-from conftest import ROOT, clean_environment, free_port, make_small_project, need, run
+from conftest import ROOT, clean_environment, free_port, need, run
 from matplotlib import image as png
 from playwright.sync_api import expect, sync_playwright
-from test_notebook import CELLS, CODE, NOTEBOOK, PICTURES, assert_is_a_picture, images_of, save_small
+from test_notebook import CODE, NOTEBOOK, PICTURES, assert_is_a_picture, images_of, make_small_tutorial
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -39,9 +39,8 @@ PROMPT = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].at(-1).
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A project with all of the notebook, and so many digits that mean and deviation are those of all."""
-    folder = make_small_project(tmp_path_factory.mktemp("browser") / "project", train=5350, test=1000)
-    save_small(folder, CELLS)
+    """A project with all of the notebook, and little data."""
+    folder = make_small_tutorial(tmp_path_factory.mktemp("browser") / "project")
     shutil.copy(ROOT / "notebooks" / "draw.js", folder / "notebooks")
     shutil.copy(ROOT / "Dockerfile", folder)
     return folder

@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from api_server import ApiServer, write_kubeconfig
-from conftest import ROOT, need, run, slice_of, start
+from conftest import ROOT, make_small_project, need, run, slice_of, start
 from IPython.core.inputtransformer2 import TransformerManager
 from matplotlib import image as png
 
@@ -393,6 +393,12 @@ def save_small(folder, names, *more):
     cells["trainer"].source = "%%writefile $TRAINER_FILE\n" + (folder / "mnist.py").read_text()
     cells["parameters"].source = cells["parameters"].source.replace("epochs: int = 5", "epochs: int = 2")
     save([*cells.values(), *map(nbformat.v4.new_code_cell, more)], folder)
+
+
+def make_small_tutorial(folder):
+    """Make `folder` a project with all of the notebook, and so many digits that have the mean of all."""
+    save_small(make_small_project(folder, train=5350, test=1000), CELLS)
+    return folder
 
 
 @pytest.fixture
