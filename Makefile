@@ -59,7 +59,7 @@ requirements: .venv/uv
 system-packages:
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends iproute2 iptables xvfb
-	command -v dockerd || docker info > /dev/null 2>&1 || apt-get install -y -qq --no-install-recommends docker.io
+	command -v dockerd || docker info > /dev/null 2>&1 || apt-get install -y -qq --no-install-recommends docker.io $$(apt-cache pkgnames docker- | grep -xE 'docker-(cli|buildx)')
 	command -v runc || apt-get install -y -qq --no-install-recommends runc
 	command -v chromium || command -v google-chrome || apt-get install -y -qq --no-install-recommends chromium
 	command -v kubectl || apt-get install -y -qq --no-install-recommends kubernetes-client

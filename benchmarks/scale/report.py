@@ -201,7 +201,7 @@ def agreement_note(model):
     """Return a sentence on how long the agreement of many workers is under way."""
     costs = [f"{model.all_reduce(PREDICTED[-1], AGREEMENT, *wire) * 1000:.0f}" for wire in NETWORKS.values()]
     times = " and ".join(f"{cost} ms at {name}" for cost, name in zip(costs, NETWORKS, strict=True))
-    return f"While {PREDICTED[-1]:,} workers compute, their agreement on whether to stop takes {times}."
+    return f"Within a step of {PREDICTED[-1]:,} workers, their agreement on whether to stop takes {times}."
 
 
 def draw(rounds, path):
