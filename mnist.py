@@ -504,6 +504,8 @@ class Job:
         except RuntimeError as error:
             if self.world_size == 1:
                 raise
+            if dist.is_initialized():
+                dist.group.WORLD.abort()  # nccl would wait for the lost one before it lets go
             raise ConnectionError(f"{where} failed, or lost another: {first_line(error)}") from error
         finally:
             for name, handler in handlers.items():
@@ -698,7 +700,8 @@ def run(args, job):
             logging.info("Stopped by a signal. --resume goes on from the newest checkpoint")
             sys.exit(143)
         if args.save_model and writes:
-            write(Path(args.output_dir, "mnist_model.pt"), serialize(trainer.model.state_dict()))
+            weights = trainer.model.cpu().state_dict()  # to be read where there is no GPU, too
+            write(Path(args.output_dir, "mnist_model.pt"), serialize(weights))
         job.sum(0)  # a barrier: rank 0 must not leave before the others have finished
 
 

@@ -275,7 +275,7 @@ def summary(contender, results):
     row["start_up"] = median([run["start_up"] for run in measured])
     # A ratio within each round: both had the same neighbours then.
     ours = {run["round"]: run for run in results["runs"] if run["contender"] == OURS.key and not run["error"]}
-    ratios = [mean_seconds(run) / mean_seconds(ours[run["round"]]) for run in rounds if run["round"] in ours]
+    ratios = [epoch_time(run) / epoch_time(ours[run["round"]]) for run in rounds if run["round"] in ours]
     row["ratio"] = median(ratios)
     row["to_goal"] = row["epochs_to_goal"] = row["final"] = None
     if long:
@@ -287,8 +287,9 @@ def summary(contender, results):
     return row
 
 
-def mean_seconds(run):
-    return statistics.mean(epoch["seconds"] for epoch in run["epochs"])
+def epoch_time(run):
+    """Return the seconds of an epoch; of several, the median, for the first may have a GPU's start in it."""
+    return statistics.median(epoch["seconds"] for epoch in run["epochs"])
 
 
 def table(results):
