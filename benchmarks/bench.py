@@ -112,12 +112,10 @@ KEYS = [contender.key for contender in CONTENDERS]
 
 
 def environment(threads, gpu):
-    """Return the environment of all contenders: so many threads, a GPU if it is asked for, no job."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PET_", "TORCHELASTIC_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    """Return the environment of all contenders: so many threads, and a GPU if it is asked for."""
     threads = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
-    return kept | threads | hidden | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    return os.environ | threads | hidden | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
 
 
 def events(line, is_first):
