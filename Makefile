@@ -55,7 +55,8 @@ requirements: .venv/uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements-dev.in -c requirements.txt -o requirements-dev.txt
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements-bench.in -c requirements-dev.txt -c requirements.txt -o requirements-bench.txt
 
-# For the tests that pip alone cannot provide for. Debian and Ubuntu; needs root.
+# For the tests that pip alone cannot provide for. Debian and Ubuntu; needs root. Newer ones than Debian 12 have
+# docker's client and its builder in packages of their own.
 system-packages:
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends iproute2 iptables xvfb

@@ -244,7 +244,7 @@ def test_a_worker_that_never_appears_is_missed(project):
         master, worker, _ = job.hosts
         processes = [host.start(project.folder, "mnist.py", "--timeout", 1, OMP_NUM_THREADS=1)
                      for host in (master, worker)]  # fmt: skip
-        codes, printed = end(processes, 60)
+        codes, printed = end(processes, 10 + 10 + 10)
     assert codes == [1, 1]
     for rank, text in enumerate(printed):
         assert f"mnist.py: rank {rank} of 3 (meeting at {master.name}:23456)" in text

@@ -396,7 +396,7 @@ def save_small(folder, names, *more):
 
 
 def make_small_tutorial(folder):
-    """Make `folder` a project with all of the notebook, and so many digits that have the mean of all."""
+    """Make `folder` a project with all of the notebook; its few digits have the mean and deviation of all."""
     save_small(make_small_project(folder, train=5350, test=1000), CELLS)
     return folder
 
