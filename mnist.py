@@ -1,17 +1,17 @@
 """Train a small convolutional network on MNIST: alone, in several processes, or on a cluster.
 
     python mnist.py --epochs 5                          alone
-    python mnist.py --num-processes 2                   two processes of this machine
+    python mnist.py --num-processes 2                   in two processes of this machine
     torchrun --standalone --nproc-per-node 2 mnist.py   the same, started by torchrun
-    python mnist.py                                     in a pod of a PyTorchJob, whose operator
-                                                        sets MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE
+    python mnist.py                                     in a pod: Kubeflow's operators have set the rest
 
-Exit codes: 0 done; 1 failed (one line says why); 2 wrong usage; 143 stopped by SIGTERM, or by Ctrl-C
-once the data is unpacked. If training has begun, a checkpoint is saved first, and --resume goes on from it.
+Exit codes: 0 done; 1 failed, and one line says why; 2 wrong usage; 143 stopped by SIGTERM or Ctrl-C in
+training, after saving a checkpoint: --resume goes on from it.
 """
 
 import argparse
 import ctypes
+import gzip
 import hashlib
 import io
 import json
@@ -23,23 +23,12 @@ import sys
 import tempfile
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import dataclass
+import zlib
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-
-
-def leave(*_):
-    """End at once: a signal asks for it, and there is nothing to save."""
-    print("mnist.py: stopped by a signal, with nothing to save", flush=True)
-    os._exit(143)
-
-
-if __name__ == "__main__":
-    # Loading PyTorch takes seconds, and meanwhile the first process of a container would be deaf
-    # to the signal with which Kubernetes takes a pod away.
-    signal.signal(signal.SIGTERM, leave)
 
 import torch
 import torch.distributed as dist
@@ -47,41 +36,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 from filelock import FileLock, Timeout
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed import elastic
 from torch.distributed.run import main as torchrun
-from torchvision import datasets
-from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.datasets.utils import download_and_extract_archive
+
+# --- The model ----------------------------------------------------------------------------------
 
 # Mean and standard deviation of all training pixels, on a scale from 0 (paper) to 1 (ink).
 MEAN, STD = 0.1307, 0.3081
-
-# SHA-256 of the unpacked files. Training on damaged data raises no error, it only learns worse.
-SHA256 = {
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
-
-# What a checkpoint holds: states, how far the training has come, and the flags that must stay the same.
-PARTS = ("model", "learner", "optimizer", "scheduler")
-PROGRESS = ("epoch", "samples_seen", "loss_sum", "seconds", "history")
-HYPERPARAMETERS = (
-    "batch_size", "optimizer", "lr", "gamma", "momentum", "label_smoothing", "augment", "bf16", "seed",
-)  # fmt: skip
-
-
-# --- The model ----------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
     """Two convolutions and two linear layers: 1,199,882 parameters.
 
-    They have the names and shapes of those in PyTorch's own MNIST example, so a state_dict of either fits
-    the other; but this network normalises the images itself
-    (https://github.com/pytorch/examples/tree/main/mnist).
+    A state_dict fits that of PyTorch's own MNIST example (https://github.com/pytorch/examples/tree/main/mnist),
+    and the other way round; but this network normalises the images itself.
     """
 
     def __init__(self):
@@ -108,63 +76,78 @@ class Net(nn.Module):
 
 # --- The data -----------------------------------------------------------------------------------
 
-
-def unpack_mnist(folder):
-    """Unpack MNIST's four .gz files below `folder`; fetch those that are missing or damaged.
-
-    They are unpacked elsewhere, then moved: a half-written one is never seen. Raises OSError.
-    """
-    raw = Path(folder, "MNIST", "raw")
-    if all((raw / name).is_file() for name in SHA256):
-        return
-    raw.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=raw) as unpacked, redirect_stdout(io.StringIO()):
-        for archive, md5 in datasets.MNIST.resources:
-            url = datasets.MNIST.mirrors[0] + archive
-            try:
-                download_and_extract_archive(url, raw, unpacked, archive, md5)
-            except (OSError, RuntimeError) as error:
-                problem = f"{raw / archive} is missing or damaged, put a good copy there"
-                raise OSError(f"{problem} ({url} was tried: {error})") from error
-        for name in SHA256:
-            os.replace(Path(unpacked, name), raw / name)
+FILES = [f"{whose}-{what}-ubyte" for whose in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
 
 
 def load_mnist(folder, device="cpu"):
-    """Read the unpacked MNIST below `folder`, all 55 MB of it, to `device`.
+    """Read the four FILES in `folder`/MNIST/raw, all 55 MB, to `device`.
 
     Returns (images, labels) of the training set and (images, labels) of the test set:
     images uint8 [60000 or 10000, 28, 28], labels int64 [60000 or 10000].
-    Raises ValueError with the name of a file that is not what it should be.
+    Raises OSError or ValueError with the name of a file that is missing or not what it should be.
     """
     raw = Path(folder, "MNIST", "raw")
-    for name, expected in SHA256.items():
-        if hashlib.sha256((raw / name).read_bytes()).hexdigest() != expected:
-            raise ValueError(f"{raw / name} is damaged: delete it to have it unpacked again from {name}.gz")
-    images, labels, test_images, test_labels = (raw / name for name in SHA256)
-    return (
-        (read_image_file(images).to(device), read_label_file(labels).to(device)),
-        (read_image_file(test_images).to(device), read_label_file(test_labels).to(device)),
-    )
+    sums = find_sums(raw)
+    images, labels, *of_test = (read_idx(raw / name, sums.get(name)).to(device) for name in FILES)
+    for digits, answers in ((images, labels), of_test):
+        if digits.shape != (len(answers), 28, 28) or answers.max() > 9:
+            raise ValueError(f"{raw}: each image must have 28 by 28 pixels and a label from 0 to 9")
+    return (images, labels.long()), (of_test[0], of_test[1].long())
+
+
+def read_idx(path, sha256):
+    """Return what is in an IDX file, or in the .gz of one: uint8, in the shape that its first bytes give."""
+    found = path if path.exists() else path.with_name(path.name + ".gz")
+    try:
+        contents = found.read_bytes() if found == path else gzip.decompress(found.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise OSError(f"{found} is missing or damaged, put a good copy there ({error})") from error
+    if hashlib.sha256(contents).hexdigest() != sha256:  # training on it would only learn worse
+        raise ValueError(f"{found} is damaged, SHA256SUMS says: delete it, or put a good copy there")
+    shape = [int.from_bytes(contents[4 * i : 4 * i + 4], "big") for i in range(1, 1 + contents[3])]
+    return torch.frombuffer(bytearray(contents), dtype=torch.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+def find_sums(raw):
+    """Return the SHA-256 of each unpacked file by its name, from `raw`/SHA256SUMS, which sha256sum writes.
+
+    Without it the .gz files must be MNIST's own; where nothing is at all, they are downloaded. Nothing is
+    ever overwritten. Raises OSError or ValueError with what to do.
+    """
+    if (raw / "SHA256SUMS").exists():
+        words = (raw / "SHA256SUMS").read_text().replace("*", " ").split()
+        return dict(zip(words[1::2], words[::2], strict=False))
+    from torchvision.datasets import MNIST, utils  # takes a second, and is seldom needed
+
+    if not any(raw.glob("*-ubyte*")):
+        logging.info(f"Downloading MNIST from {MNIST.mirrors[0]}")
+        raw.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=raw.parent) as elsewhere:  # all files appear together
+            MNIST(elsewhere, download=True)
+            os.replace(Path(elsewhere, "MNIST", "raw"), raw)
+    if not all(utils.check_integrity(raw / archive, md5) for archive, md5 in MNIST.resources):
+        raise ValueError(f"not all in {raw} is MNIST: for other data, `sha256sum *-ubyte > SHA256SUMS` there")
+    unpacked = {name: gzip.decompress((raw / f"{name}.gz").read_bytes()) for name in FILES}
+    return {name: hashlib.sha256(contents).hexdigest() for name, contents in unpacked.items()}
+
+
+def random_seed(*purpose):
+    """Return a number of 64 bits for a purpose, such as ("order", seed, epoch), and for no other purpose."""
+    return int.from_bytes(hashlib.sha256(repr(purpose).encode()).digest()[:8], "big")
 
 
 def epoch_order(samples, seed, epoch):
-    """Return the order in which an epoch takes the samples, int64 [samples]; all processes agree.
-
-    It follows from the seed and the epoch alone: hash() of whole numbers, unlike that of
-    strings, is the same in every run.
-    """
-    return torch.randperm(samples, generator=torch.Generator().manual_seed(hash((seed, epoch))))
+    """Return the order in which an epoch takes the samples, int64 [samples]; all processes agree on it."""
+    generator = torch.Generator().manual_seed(random_seed("order", seed, epoch))
+    return torch.randperm(samples, generator=generator)
 
 
 def epoch_distortions(samples, seed, epoch):
     """Return how an epoch turns, scales and moves each sample: float32 [samples, 2, 3].
 
-    Each is an affine map from places in the new image to places in the old one, for F.affine_grid:
-    by up to 10 degrees, 10 % and 2 pixels. Like the order, they follow from the seed and the epoch.
+    By up to 10 degrees, 10 % and 2 pixels. Each maps places in the new image to places in the old one.
     """
-    # The samples too, or these numbers would be those that the order was made of.
-    generator = torch.Generator().manual_seed(hash((seed, epoch, samples)))
+    generator = torch.Generator().manual_seed(random_seed("distortions", seed, epoch))
     amounts = 2 * torch.rand(4, samples, generator=generator) - 1  # from -1 to 1
     angle, scale = math.radians(10) * amounts[0], 1 + 0.1 * amounts[1]
     right, down = amounts[2:] * 2 / 14  # 2 of 28 pixels, on a scale that reaches from -1 to 1
@@ -173,193 +156,122 @@ def epoch_distortions(samples, seed, epoch):
 
 
 def distort(images, distortions):
-    """Return `images`, uint8 [N, 28, 28], as float32, changed by `distortions`, float32 [N, 2, 3].
-
-    Places between pixels are interpolated; paper fills the gaps.
-    """
+    """Return `images`, uint8 [N, 28, 28], as float32, changed by `distortions`, float32 [N, 2, 3]."""
     images = images.unsqueeze(1).float()
     places = F.affine_grid(distortions, images.shape, align_corners=False)
+    # Values between pixels are interpolated; beyond the edge there is paper.
     return F.grid_sample(images, places, align_corners=False).squeeze(1)
 
 
-# --- Training and evaluation --------------------------------------------------------------------
+# --- Learning -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Hyperparameters:
+    """What decides how a training goes, besides the data and the number of processes."""
+
+    batch_size: int = 64  # images in a step, for each process
+    optimizer: str = "sgd"  # or "adadelta"
+    lr: float = 0.07  # the learning rate in the first epoch
+    gamma: float = 0.75  # which multiplies it after each epoch
+    momentum: float = 0.9  # of sgd
+    label_smoothing: float = 0.1  # aim at 91 % for the right digit, and at 1 % for each other one
+    augment: bool = True  # distort the digits
+    bf16: bool = False  # multiply in bfloat16
+    seed: int = 1
+
+
+class Alone:
+    """A process that trains by itself: the first of one. For several there is Job, further down."""
+
+    rank, world_size = 0, 1
+
+    def sum(self, *numbers):
+        return numbers
+
+    def stop_if_asked(self):
+        """Nobody asks."""
 
 
 class Trainer:
-    """A network that learns, its average, and how far they have come: this is what a checkpoint holds."""
+    """A network that learns, the average of its weights, and how far they have come."""
 
-    def __init__(self, args, job, device):
-        self.args, self.job, self.device = args, job, device
-        keep_freed_memory()
-        torch.manual_seed(hash(args.seed))
+    def __init__(self, hyperparameters, job=None, device="cpu"):
+        self.hyperparameters = h = hyperparameters
+        self.job, self.device = job or Alone(), torch.device(device)
+        torch.manual_seed(random_seed("weights", h.seed))
         # One network learns. The other one, an average over its last steps, is tested and kept.
         self.learner, self.model = (Net().to(device, memory_format=torch.channels_last) for _ in range(2))
-        if args.optimizer == "adadelta":
-            self.optimizer = optim.Adadelta(self.learner.parameters(), lr=args.lr)
+        self.network = self.learner  # which Job wraps, to average gradients over its processes
+        weights = self.learner.parameters()
+        if h.optimizer == "adadelta":
+            self.optimizer = optim.Adadelta(weights, h.lr)
         else:
-            self.optimizer = optim.SGD(
-                self.learner.parameters(),
-                lr=args.lr,
-                momentum=args.momentum,
-                nesterov=args.momentum > 0,  # each step already looks where momentum will lead it
-                weight_decay=5e-4,  # draws every weight a little towards 0: only what pays stays large
-            )
-        self.scheduler = optim.lr_scheduler.StepLR(self.optimizer, step_size=1, gamma=args.gamma)
+            # Weight decay draws all weights a little towards 0, so only those that pay stay large.
+            nesterov = {"momentum": h.momentum, "nesterov": h.momentum > 0}
+            self.optimizer = optim.SGD(weights, h.lr, **nesterov, weight_decay=5e-4, fused=True)
+        self.scheduler = optim.lr_scheduler.ExponentialLR(self.optimizer, h.gamma)
+        self.steps = 0  # since the training began
         self.history = []  # a dict for each finished epoch: the lines of metrics.jsonl
         self.begin(epoch=1)
 
     def begin(self, epoch):
-        self.epoch = epoch
+        self.epoch, self.seconds = epoch, 0.0  # of training in this epoch
         self.samples_seen = 0  # in this epoch, by all processes together
         self.loss_sum = 0.0  # over those of them that this process has seen
-        self.seconds = 0.0  # of training in this epoch
 
-    def train(self, learner, images, labels):
-        """Train for an epoch, or for what a resumed run has left of it. Returns the mean loss.
+    def train(self, images, labels):
+        """Train for an epoch, or what is left of it, on `images`, uint8 [N, 28, 28], and `labels`, int64 [N].
 
-        Raises Stopped after a signal, FloatingPointError if the loss is no longer a finite number.
+        Yields the mean loss of this process's images after each step; raises Stopped if the job says so.
         """
-        args, rank, world_size = self.args, self.job.rank, self.job.world_size
-        order = epoch_order(len(images), args.seed, self.epoch).to(self.device)
-        distortions = epoch_distortions(len(images), args.seed, self.epoch).to(self.device)
-        batch_size = args.batch_size * world_size  # of all processes together
-        clock = time.perf_counter() - self.seconds
-        learner.train()
+        h, rank, world_size = self.hyperparameters, self.job.rank, self.job.world_size
+        order = epoch_order(len(images), h.seed, self.epoch).to(self.device)
+        distortions = epoch_distortions(len(images), h.seed, self.epoch).to(self.device)
+        batch_size = h.batch_size * world_size  # of all processes together
+        self.learner.train()
         for start in range(self.samples_seen, len(order), batch_size):
             self.job.stop_if_asked()
             batch = order[start : start + batch_size]
             share = batch[rank::world_size]
             # Dropout's random numbers depend on the position alone, so a resumed run repeats them.
-            torch.manual_seed(hash((args.seed, self.epoch, start, rank)))
+            torch.manual_seed(random_seed("dropout", h.seed, self.epoch, start, rank))
             digits = images[share]
-            if args.augment and len(share):  # none may be left for this process in the last batch
+            if h.augment and len(share):  # none may be left for this process in the last batch
                 digits = distort(digits, distortions[share])
-            self.optimizer.zero_grad()
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=args.bf16):
-                output = learner(digits)
-            # With 0.1, the aim is 91 % for the right digit and 1 % for each other one: a network that
-            # is pressed for 100 % learns its training images by heart. nll_loss, which suffices for a
-            # network that returns log-probabilities, cannot do that; cross_entropy leaves them as they are.
-            smoothing = args.label_smoothing
-            loss = F.cross_entropy(output, labels[share], reduction="sum", label_smoothing=smoothing)
             # Gradients are averaged over the processes. Scaled like this, the average is the gradient
             # of the mean loss of the whole batch, even where the shares differ in length.
-            (loss * world_size / len(batch)).backward()
-            self.optimizer.step()
-            step, steps = start // batch_size, math.ceil(len(order) / batch_size)
-            self.average((self.epoch - 1) * steps + step)
-
-            self.loss_sum += loss.detach()  # stays on the GPU: to read it at every step is to wait for it
+            loss = self.step(digits, labels[share], scale=world_size / len(batch))
+            self.loss_sum += loss  # stays on the GPU: to read it at every step is to wait for it
             self.samples_seen += len(batch)
-            self.seconds = time.perf_counter() - clock
-            if step % args.log_interval == 0:
-                value = self.finite(loss.item() / max(1, len(share)))
-                logging.info(f"Epoch: {self.epoch} ({step / steps:6.1%}) - Loss: {value}")
-            if args.checkpoint_interval and (step + 1) % args.checkpoint_interval == 0:
-                self.save()
-        total = self.total_loss()  # reads the losses, so that all steps are done when the clock stops
-        self.seconds = time.perf_counter() - clock
-        return total / len(order)
+            yield loss / max(1, len(share))
 
-    @torch.no_grad()
-    def average(self, steps):
-        """Let the model follow the learner, of which `steps` steps were averaged before.
-
-        Each step goes a little astray, for it has seen one batch only; in the average these errors cancel
-        out. The 10 gives two thirds of the weight, 1 - 0.9 ** 10, to the last tenth of all steps; the first
-        are soon forgotten (polynomial-decay averaging, https://proceedings.mlr.press/v28/shamir13.html).
-        """
-        for average, latest in zip(self.model.parameters(), self.learner.parameters(), strict=True):
-            average.lerp_(latest, 10 / (10 + steps))
-
-    def total_loss(self):
-        """Return the sum of this epoch's losses so far, of all processes."""
-        (total,) = self.job.sum(float(self.loss_sum))
-        return self.finite(total)
-
-    def finite(self, loss):
-        """Return the loss, unless it shows that training has gone wrong."""
-        if math.isfinite(loss):
-            return loss
-        batch = math.ceil(self.samples_seen / self.args.batch_size / self.job.world_size)
-        where = f"epoch {self.epoch}, batch {batch}"
-        raise FloatingPointError(f"{where}: the loss is {loss}; try an --lr below {self.args.lr}")
-
-    def finish_epoch(self, train_loss, test_loss, accuracy):
-        """Write down how the epoch went, lower the learning rate, and save."""
-        metrics = {
-            "epoch": self.epoch,
-            "train_loss": train_loss,
-            "test_loss": test_loss,
-            "accuracy": accuracy,
-            "learning_rate": self.scheduler.get_last_lr()[0],
-            "seconds": self.seconds,
-            "samples_per_second": self.samples_seen / self.seconds,
-        }
-        self.history.append(metrics)
-        self.scheduler.step()
-        self.begin(self.epoch + 1)
-        self.save()
-
-    def save(self):
-        """Write metrics.jsonl, and checkpoint.pt, keeping the one before it. All call it, rank 0 writes."""
-        loss_sum = self.total_loss()
-        if self.job.rank > 0 or self.args.dry_run:
-            return
-        checkpoint = {name: getattr(self, name).state_dict() for name in PARTS}
-        checkpoint["progress"] = {name: getattr(self, name) for name in PROGRESS} | {"loss_sum": loss_sum}
-        checkpoint["hyperparameters"] = {name: getattr(self.args, name) for name in HYPERPARAMETERS}
-        checkpoint["world_size"] = self.job.world_size
-        folder = Path(self.args.output_dir)
-        lines = "".join(json.dumps(metrics) + "\n" for metrics in self.history)
-        write(folder / "metrics.jsonl", lines.encode())
-        write(folder / "checkpoint.pt", serialize(checkpoint), keep=folder / "checkpoint.previous.pt")
-
-    def resume(self):
-        """Go on from the newest good checkpoint, if there is one: rank 0 reads it for all.
-
-        Raises ValueError if it was made with other hyper-parameters.
-        """
-        folder = self.args.output_dir
-        received = [load_checkpoint(folder) if self.job.rank == 0 else None]
-        if self.job.world_size > 1:
-            dist.broadcast_object_list(received)
-        (checkpoint,) = received
-        if checkpoint is None:
-            logging.info(f"No checkpoint in {folder} yet: starting afresh")
-            return
-        for name, then in checkpoint["hyperparameters"].items():
-            if then != (now := getattr(self.args, name)):
-                raise ValueError(f"the checkpoint in {folder} has {name} {then}, but this run has {now}")
-        try:
-            for name in PARTS:
-                getattr(self, name).load_state_dict(checkpoint[name])
-        except (KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"the checkpoint in {folder} does not fit this model: {reason}") from error
-        vars(self).update(checkpoint["progress"])
-        if self.job.rank > 0:
-            self.loss_sum = 0.0  # rank 0 has that of all
-        logging.info(f"Resuming in epoch {self.epoch} after {self.samples_seen} samples")
-        if (then := checkpoint["world_size"]) != (now := self.job.world_size):
-            size = self.args.batch_size
-            logging.info(
-                f"{then} process(es) before, {now} now: the order of the samples stays the same, but a step "
-                f"now takes {size * now} of them instead of {size * then}, so the result will differ"
-            )
+    def step(self, digits, labels, scale):
+        """Take a step against the gradient of `scale` times the sum of the losses. Returns that sum."""
+        h = self.hyperparameters
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=h.bf16):
+            output = self.network(digits)
+        loss = F.cross_entropy(output, labels, reduction="sum", label_smoothing=h.label_smoothing)
+        (loss * scale).backward()
+        self.optimizer.step()
+        # Each step goes a little astray, for it has seen one batch only; averaged, these errors cancel out.
+        # The 10 gives two thirds of the weight, 1 - 0.9 ** 10, to the last tenth of all steps
+        # (polynomial-decay averaging, https://proceedings.mlr.press/v28/shamir13.html).
+        average = optim.swa_utils.get_ema_multi_avg_fn(decay=self.steps / (10 + self.steps))
+        average(list(self.model.parameters()), list(self.learner.parameters()), None)
+        self.steps += 1
+        return loss.detach()
 
 
 @torch.inference_mode()
-def test(model, images, labels, batch_size, job):
-    """Return the mean loss and the number of right answers on `images`, uint8 [N, 28, 28].
-
-    Each process takes a share and the sums are added up. No sample is taken twice to even out the
-    shares, so the result is that of a single process. Raises Stopped after a signal.
-    """
-    loss, correct = 0.0, 0
+def test(model, images, labels, batch_size=1000, job=None):
+    """Return the mean loss and the number of right answers on `images`, uint8 [N, 28, 28]. Raises Stopped."""
+    job, loss, correct = job or Alone(), 0.0, 0
     model.eval()
     for start in range(0, len(images), batch_size * job.world_size):
         job.stop_if_asked()
+        # No sample is taken twice to even out the shares, so the result is that of a single process.
         share = slice(start + job.rank, start + batch_size * job.world_size, job.world_size)
         output = model(images[share])
         loss += F.nll_loss(output, labels[share], reduction="sum").item()
@@ -368,24 +280,36 @@ def test(model, images, labels, batch_size, job):
     return loss / len(images), int(correct)
 
 
-# --- Files --------------------------------------------------------------------------------------
+# --- Checkpoints --------------------------------------------------------------------------------
+
+# What a checkpoint holds besides the hyper-parameters: states, and how far the training has come.
+STATES = ("model", "learner", "optimizer", "scheduler")
+PROGRESS = ("epoch", "steps", "samples_seen", "loss_sum", "seconds", "history")
 
 
-def serialize(state):
-    """Return `state`, tensors and numbers, as the bytes of a file that torch.load reads."""
-    torch.save(state, buffer := io.BytesIO())
-    return buffer.getvalue()
+def save(trainer, folder):
+    """Write metrics.jsonl and checkpoint.pt; all call it, rank 0 writes. Raises OSError, ArithmeticError."""
+    (loss_sum,) = trainer.job.sum(float(trainer.loss_sum))
+    if not math.isfinite(loss_sum):
+        raise FloatingPointError(f"in epoch {trainer.epoch}, the loss is {loss_sum}: try a smaller --lr")
+    if trainer.job.rank > 0 or folder is None:
+        return
+    checkpoint = {name: getattr(trainer, name).state_dict() for name in STATES}
+    checkpoint["progress"] = {name: getattr(trainer, name) for name in PROGRESS} | {"loss_sum": loss_sum}
+    checkpoint["hyperparameters"] = asdict(trainer.hyperparameters)
+    checkpoint["world_size"] = trainer.job.world_size
+    write(Path(folder, "metrics.jsonl"), "".join(json.dumps(m) + "\n" for m in trainer.history).encode())
+    write(Path(folder, "checkpoint.pt"), checkpoint, keep=Path(folder, "checkpoint.previous.pt"))
 
 
 def write(path, contents, keep=None):
-    """Write bytes to `path` such that nobody sees a half-written file; the old one moves to `keep`.
-
-    Raises OSError, and then the old one is still there, or at `keep`.
-    """
-    temporary = path.with_name(path.name + ".tmp")
+    """Write bytes, or what torch.save takes, wholly or not; the old file moves to `keep`. Raises OSError."""
+    temporary, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
+    buffer.write(contents) if isinstance(contents, bytes) else torch.save(contents, buffer)
     try:
+        temporary.unlink(missing_ok=True)  # one that is left over may be another user's
         with open(temporary, "wb") as file:
-            file.write(contents)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():
@@ -394,51 +318,62 @@ def write(path, contents, keep=None):
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
+        raise OSError(f"cannot write {error.filename or path}: {error.strerror}") from error
 
 
 def load_checkpoint(folder):
     """Return the newest good checkpoint in `folder`, or None where there is none at all.
 
-    A damaged one is named and passed over. Raises ValueError if no good one is left.
+    A damaged one is named and passed over. Raises ValueError if none is left, OSError if one is unreadable.
     """
-    paths = [Path(folder, name) for name in ("checkpoint.pt", "checkpoint.previous.pt")]
-    found = [path for path in paths if path.exists()]
+    names = ("checkpoint.pt", "checkpoint.previous.pt")
+    found = [path for path in (Path(folder, name) for name in names) if path.exists()]
     for path in found:
         try:
-            # torch.load does not look at the archive's check sums, zipfile does. And with
-            # weights_only it runs no code that somebody may have put into the file.
-            if damaged := zipfile.ZipFile(path).testzip():
-                raise ValueError(f"wrong check sum of {damaged}")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            for part, names in (("progress", PROGRESS), ("hyperparameters", HYPERPARAMETERS)):
+            contents = path.read_bytes() if path.is_file() else b""
+            # torch.load does not look at the checksums, zipfile does; weights_only runs no code in the file.
+            if damaged := zipfile.ZipFile(io.BytesIO(contents)).testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
+            checkpoint = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
+            for part, names in (("progress", PROGRESS), ("hyperparameters", asdict(Hyperparameters()))):
                 if checkpoint.get(part, {}).keys() != set(names):
                     raise ValueError("it is another program's, or another version's")
+        except (OSError, MemoryError) as error:
+            raise OSError(f"cannot read {path}: {error}") from error
         except Exception as error:
-            logging.warning(f"{path} is not a good checkpoint ({first_line(error)}): passed over")
+            logging.warning(f"{path} is not a good checkpoint ({repr(error)[:200]}): passed over")
             continue
         if path != found[0]:  # or the next save would move it over the good one
             os.replace(found[0], found[0].with_suffix(".damaged"))
         return checkpoint
     if found:
         raise ValueError(f"no good checkpoint is left in {folder}: start afresh, without --resume")
-    return None
 
 
-def claimed(folder):
-    """Make the output folder; while the returned context lasts, other runs are kept out of it."""
+def resume(trainer, folder):
+    """Go on from the newest good checkpoint, if any. Raises OSError, ValueError if it is another run's."""
+    received = [load_checkpoint(folder) if trainer.job.rank == 0 else None]
+    if (now := trainer.job.world_size) > 1:
+        dist.broadcast_object_list(received)
+    if (checkpoint := received[0]) is None:
+        logging.info(f"No checkpoint in {folder} yet: starting afresh")
+        return
+    for name, value in checkpoint["hyperparameters"].items():
+        if value != (ours := getattr(trainer.hyperparameters, name)):
+            raise ValueError(f"the checkpoint in {folder} has {name} {value}, but this run has {ours}")
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return FileLock(Path(folder, ".lock"), timeout=0).acquire()
-    except Timeout as error:
-        raise OSError(f"another run writes to {folder}: choose another --output-dir") from error
-    except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error.strerror}") from error
-
-
-def first_line(error):
-    """Return the first line of what an exception says: torch appends C++ stacks."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        for name in STATES:
+            getattr(trainer, name).load_state_dict(checkpoint[name])
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the checkpoint in {folder} does not fit this model: {reason}") from error
+    vars(trainer).update(checkpoint["progress"])
+    trainer.loss_sum *= trainer.job.rank == 0  # which has that of all
+    logging.info(f"Resuming in epoch {trainer.epoch} after {trainer.samples_seen} samples")
+    if (then := checkpoint["world_size"]) != now:
+        logging.info(
+            f"{then} process(es) before, {now} now: batches have another size, so results will differ"
+        )
 
 
 # --- The processes ------------------------------------------------------------------------------
@@ -448,129 +383,100 @@ class Stopped(Exception):
     """All processes have agreed to stop, between two steps."""
 
 
-@dataclass
-class Job:
-    """The place of this process among those that train together, in torchrun's words.
+def variable(name, low, high):
+    """Return a whole number that a launcher has set. Raises ValueError with the name of the variable."""
+    text = os.environ.get(name, "")
+    if text.isdecimal() and low <= int(text) <= high:
+        return int(text)
+    raise ValueError(f"the variable {name} must be a whole number from {low} to {high}, not {text!r}")
 
-    Its rank is its number among all `world_size` processes, its local rank that on this machine; from 0.
-    """
+
+@dataclass
+class Job(Alone):
+    """The place of this process among those that train together, in torchrun's words."""
 
     started: str = "alone"
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
+    rank: int = 0  # the number of this process, from 0
+    world_size: int = 1  # the number of all processes
+    local_rank: int = 0  # the number of this process among those of this machine
     asked_to_stop: bool = False
     question: tuple | None = None  # the last sum that says who was asked to stop, and its arrival
 
     @classmethod
     def from_environment(cls):
-        """Read what torchrun, or the operator of a PyTorchJob, has set.
-
-        Raises ValueError where processes that belong together would never meet.
-        """
-        env = os.environ
-        if "LOCAL_RANK" in env:
-            return cls("by torchrun", *(int(env[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-        several_a_pod = env.get("PET_NPROC_PER_NODE", "auto") not in ("auto", "1")
-        if several_a_pod or (env.get("PET_NNODES", "1") != "1" and "WORLD_SIZE" not in env):
-            raise ValueError("PET_… is set for torchrun: start `torchrun mnist.py`, not `python mnist.py`")
-        if "WORLD_SIZE" not in env and "RANK" not in env:
+        """Read what torchrun, or the operator of a PyTorchJob, has set, if anything. Raises ValueError."""
+        if not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & set(os.environ):
             return cls()
-        names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
-        if missing := [name for name in names if name not in env]:
-            raise ValueError(
-                f"{', '.join(missing)} must be set beside RANK or WORLD_SIZE: set all four or none"
-            )
-        return cls("in a pod of a PyTorchJob", int(env["RANK"]), int(env["WORLD_SIZE"]))
+        size, _ = variable("WORLD_SIZE", 1, 10**6), variable("MASTER_PORT", 1, 65535)
+        if not os.environ.get("MASTER_ADDR"):
+            raise ValueError("the variable MASTER_ADDR must be the name or address of rank 0's machine")
+        if "LOCAL_RANK" not in os.environ:
+            return cls("in a pod of a PyTorchJob", variable("RANK", 0, size - 1), size)
+        return cls("by torchrun", variable("RANK", 0, size - 1), size, variable("LOCAL_RANK", 0, size - 1))
 
     @contextmanager
     def connected(self, backend, timeout):
-        """Connect the processes, and from then on take note of SIGTERM and Ctrl-C.
-
-        What all must do together may take `timeout` seconds, and meeting ten times that, for pods start
-        minutes apart while images are pulled. Raises ConnectionError with the address of the meeting.
-        """
-        where = f"rank {self.rank} of {self.world_size}"
-        # Kubernetes sends SIGTERM before it takes a pod away, and SIGKILL 30 seconds later.
-        handlers = {name: signal.signal(name, leave) for name in (signal.SIGTERM, signal.SIGINT)}
+        """Connect the processes; from then on, SIGTERM and Ctrl-C ask to stop. Raises ConnectionError."""
+        handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
         try:
             if self.world_size > 1:
-                where += f" (meeting at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']})"
-                with ThreadPoolExecutor() as pool:  # so that a signal is heard while we wait
-                    pool.submit(self.meet, backend, timedelta(seconds=timeout)).result()
-            for name in handlers:
-                signal.signal(name, self.ask_to_stop)
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would wait for the meeting
+                self.meet(backend, timedelta(seconds=timeout))
+            for name in handlers:  # Kubernetes sends SIGTERM before it takes a pod away, SIGKILL 30 s later
+                signal.signal(name, lambda *_: vars(self).update(asked_to_stop=True))
             yield
         except RuntimeError as error:
-            if self.world_size == 1:
+            if self.world_size == 1 or "allocate" in str(error):  # the others cannot help a want of memory
                 raise
             if dist.is_initialized():
                 dist.group.WORLD.abort()  # nccl would wait for the lost one before it lets go
-            raise ConnectionError(f"{where} failed, or lost another: {first_line(error)}") from error
+            where = "(meeting at {MASTER_ADDR}:{MASTER_PORT})".format_map(os.environ)
+            who = f"rank {self.rank} of {self.world_size} {where}"
+            raise ConnectionError(f"{who} failed, or lost another: {str(error).splitlines()[0]}") from error
         finally:
             for name, handler in handlers.items():
                 signal.signal(name, handler)
             if dist.is_initialized():
                 dist.destroy_process_group()
+                time.sleep(0.1)  # or gloo lets go of its last tensor when Python has ended, and crashes
 
     def meet(self, backend, limit):
+        # Pods start minutes apart, while images are pulled. By itself only rank 0 waits for all: the others
+        # would go on, and give up after `limit`.
         store, rank, size = next(dist.rendezvous("env://", timeout=10 * limit))
-        # By itself only rank 0 waits so long for all: the others would go on, and give up after `limit`.
         store.set(f"here/{rank}", "")
         store.wait([f"here/{other}" for other in range(size)])
         store.set_timeout(limit)
         dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
 
-    def distribute(self, model, images):
+    def distribute(self, model):
         """Return the model such that its gradients are averaged over all processes."""
-        if self.world_size == 1:
-            return model
         shared = nn.parallel.DistributedDataParallel(model)
         # The first backward pass settles the order in which gradients are added up. Its gradients are
         # thrown away, or a resumed run would add in another order than the one that it resumes.
-        shared(images).sum().backward()
+        shared(torch.zeros(1, 28, 28, device=model.fc1.weight.device)).sum().backward()
         return shared
 
     def sum(self, *numbers):
         """Add up each number over all processes. All must call this, and all get the sums."""
         if self.world_size == 1:
             return numbers
-        totals = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(totals)
+        dist.all_reduce(totals := torch.tensor(numbers, dtype=torch.float64))
         return totals.tolist()
 
-    def ask_to_stop(self, *_):
-        self.asked_to_stop = True
-
     def stop_if_asked(self):
-        """Raise Stopped in all processes at once if any of them was asked to stop.
-
-        The sum that says so travels while a step computes, and is read before the next one: nobody waits.
-        """
+        """Raise Stopped in all processes at once if any of them was asked to stop."""
         asked = torch.tensor(float(self.asked_to_stop))
         if self.world_size > 1:
+            # Summed up while a step computes, it is read before the next. (The first has none before it.)
             question = asked, dist.all_reduce(asked, async_op=True)
-            # The one before is answered by now. The first has none before it, and waits for its own answer.
             (asked, arrival), self.question = self.question or question, question
             arrival.wait()
         if asked:
             raise Stopped
 
 
-def launch(processes, argv):
-    """Start this file again as `processes` processes of this machine. Returns the exit code."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    logging.disable()  # torchrun would add a page to the one line of a process that failed
-    try:
-        # A machine's own name may be unknown to it, in a container for example: localhost never is.
-        torchrun(["--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}", __file__, *argv])
-    except SignalException:
-        return 143
-    except ChildFailedError as error:
-        return max(1, error.get_first_failure()[1].exitcode)
-    finally:
-        logging.disable(logging.NOTSET)
-    return 0
+# --- The machine --------------------------------------------------------------------------------
 
 
 def choose_device(local_rank, accelerate=True):
@@ -580,128 +486,210 @@ def choose_device(local_rank, accelerate=True):
     if local_rank >= torch.accelerator.device_count():
         raise ValueError(f"no accelerator is left for process {local_rank}: start fewer, or use --no-cuda")
     torch.accelerator.set_device_index(local_rank)
-    return torch.device(torch.accelerator.current_accelerator().type, local_rank)
+    device = torch.device(torch.accelerator.current_accelerator().type, local_rank)
+    if device.type == "cuda":  # or a resumed run would differ in its last digits
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and nothing here reads it
+    return device
 
 
-def keep_freed_memory():
-    """Keep, from now on, the memory that a step frees for the next one, where the C library is glibc.
+def count_processors():
+    """Return how many processors this process may use: those it is bound to, or fewer in a container."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroups v2 and v1
+        with suppress(OSError, ValueError):  # "max" or -1 where there is no limit
+            quota, period = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in files).split()
+            count = min(count, math.ceil(int(quota) / int(period))) if int(quota) > 0 else count
+    return count
 
-    It would give it back to the system after each step, and get it again page by page: a tenth of a step's
-    time on a CPU (https://man7.org/linux/man-pages/man3/mallopt.3.html).
+
+def settle_in():
+    """Use the processors that there are; on Linux, also stop when torchrun dies, and keep freed memory."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), count_processors()))
+    with suppress(AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.prctl(1, signal.SIGTERM if "LOCAL_RANK" in os.environ else 0)  # PR_SET_PDEATHSIG
+        # glibc would give memory back after each step, to get it again page by page: a tenth of a step's time
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no pieces of their own for large tensors
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the end of the heap given back
+
+
+def launch(processes, argv):
+    """Start this file by torchrun, if it is to. Returns the exit code, or None. Raises ValueError, OSError.
+
+    Kubeflow's operators set torchrun's options, PET_…; pods of a plain PyTorchJob have a RANK and need none.
     """
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large pieces are not to be fetched and returned one by one
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the unused end of the heap to be returned
+    env, each = os.environ, os.environ.get("PET_NPROC_PER_NODE", "auto")
+    in_pods = each not in ("auto", "1") or ("PET_NNODES" in env and "RANK" not in env)
+    if "LOCAL_RANK" in env or (processes == 1 and not in_pods):
+        return None
+    if processes > 1 and (in_pods or "RANK" in env):
+        raise ValueError("--num-processes is for one machine: here a job says how many processes a pod has")
+    # By localhost, for a machine's own name may be unknown to it, in a container for example.
+    options = ["--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}"]
+    each = processes if processes > 1 else int(each) if each.isdecimal() else count_processors()
+    env.setdefault("OMP_NUM_THREADS", str(max(1, count_processors() // max(1, each))))
+    # Not SIGHUP, which nohup ignores. (PyTorch 2.9 does not look here yet, and stops at a hang-up.)
+    env.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
+    logging.disable()  # of torchrun, which would add a page to the one line of a process that failed
+    try:
+        torchrun([*(options if processes > 1 else []), __file__, *argv])
+    except elastic.multiprocessing.SignalException:
+        return 143
+    except elastic.multiprocessing.errors.ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        why = " (often, memory has run out)" if failure.exitcode == -signal.SIGKILL else ""
+        raise ChildProcessError(f"process {rank} was ended by {failure.signal_name()}{why}") from error
+    except (elastic.rendezvous.RendezvousError, AssertionError, RuntimeError, ValueError) as error:
+        raise ConnectionError(
+            f"the processes did not meet, or a variable PET_… is wrong: {error!r}"
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+    return 0
 
 
 # --- The command line ---------------------------------------------------------------------------
 
 
-def number(kind, is_valid, meaning):
-    """Return an argparse type for an int or float (`kind`) of which `is_valid` holds."""
-
-    def parse(text):
-        with suppress(ValueError):
-            if is_valid(kind(text)):
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}")
-
-    return parse
+def number(kind, is_valid, meaning, text):
+    """Return `text` as an int or float (`kind`) of which `is_valid` holds, for argparse."""
+    with suppress(ValueError):
+        if is_valid(kind(text)):
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}")
 
 
 def parse_arguments(argv):
     """Return the flags' values; a mistake ends the program with one sentence and exit code 2."""
-    count = number(int, lambda n: n >= 1, "a whole number of 1 or more")
-    from_zero = number(int, lambda n: n >= 0, "a whole number of 0 or more")
-    integer = number(int, lambda n: True, "a whole number")
-    seconds = number(int, lambda n: 1 <= n <= 86400, "a whole number from 1 to 86400")
-    rate = number(float, lambda x: 0 < x < 1e38, "a number above 0 and below 1e38")
-    factor = number(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
-    fraction = number(float, lambda x: 0 <= x < 1, "a number from 0 to less than 1")
-
-    parser = argparse.ArgumentParser("mnist.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--epochs", metavar="N", type=count, default=5, help="passes over the training set (default: 5)")
-    add("--batch-size", metavar="N", type=count, default=64, help="per process and step (default: 64)")
-    add("--test-batch-size", metavar="N", type=count, default=1000, help="in evaluation (default: 1000)")
-    add("--optimizer", choices=("adadelta", "sgd"), default="sgd", help="default: sgd")
-    add("--lr", metavar="LR", type=rate, help="learning rate (default: 0.07 for sgd, 1.0 for adadelta)")
-    add("--gamma", metavar="M", type=factor, default=0.75, help="factor of lr per epoch (default: 0.75)")
-    add("--momentum", metavar="M", type=fraction, default=0.9, help="momentum of sgd (default: 0.9)")
-    add("--label-smoothing", metavar="X", type=fraction, default=0.1, help="0: aim at 100 %% (default: 0.1)")
+    count = partial(number, int, lambda n: n >= 1, "a whole number of 1 or more")
+    integer = partial(number, int, lambda n: True, "a whole number")
+    seconds = partial(number, int, lambda n: 1 <= n <= 86400, "a whole number from 1 to 86400")
+    rate = partial(number, float, lambda x: 0 < x < 1e38, "a number above 0 and below 1e38")
+    factor = partial(number, float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
+    fraction = partial(number, float, lambda x: 0 <= x < 1, "a number from 0 to less than 1")
+    parser = argparse.ArgumentParser("mnist.py", description="Train a network on MNIST.", allow_abbrev=False)
+    add, shown = parser.add_argument, "(default: %(default)s)"
+    add("--epochs", metavar="N", type=count, default=5, help=f"passes over the training set {shown}")
+    add("--batch-size", metavar="N", type=count, help=f"images per process and step {shown}")
+    add("--test-batch-size", metavar="N", type=count, default=1000, help=f"the same in evaluation {shown}")
+    add("--optimizer", choices=("adadelta", "sgd"), help=f"rule for the steps {shown}")
+    add("--lr", metavar="LR", type=rate, help="learning rate (default: 0.07, with adadelta 1.0)")
+    add("--gamma", metavar="M", type=factor, help=f"multiplies the learning rate after each epoch {shown}")
+    add("--momentum", metavar="M", type=fraction, help=f"momentum of sgd {shown}")
+    add("--label-smoothing", metavar="X", type=fraction, help=f"share of the target for all digits {shown}")
     add("--no-augment", dest="augment", action="store_false", help="do not turn, scale and move digits")
     add("--bf16", action="store_true", help="multiply in bfloat16 in training: faster on some processors")
-    add("--seed", metavar="S", type=integer, default=1, help="of all random numbers (default: 1)")
-    add("--log-interval", metavar="N", type=count, default=10, help="batches per log line (default: 10)")
+    add("--seed", metavar="S", type=integer, help=f"seed of all random numbers {shown}")
+    add("--log-interval", metavar="N", type=count, default=10, help=f"steps per log line {shown}")
     add("--no-cuda", "--no-accel", action="store_true", help="use the CPU even where there is a GPU")
-    add("--backend", choices=("gloo", "nccl", "mpi"), help="default: nccl on CUDA, else gloo")
-    add("--num-processes", metavar="N", type=count, default=1, help="on this machine (default: 1)")
-    add("--data-dir", metavar="DIR", default="datasets", help="where MNIST is (default: datasets)")
-    add("--output-dir", metavar="DIR", default="output", help="where results go (default: output)")
+    add("--backend", choices=("gloo", "nccl", "xccl", "mpi"), help="default: the device's own, gloo on CPUs")
+    add("--num-processes", metavar="N", type=count, default=1, help=f"processes on this machine {shown}")
+    add("--data-dir", metavar="DIR", default="datasets", help=f"where MNIST/raw is {shown}")
+    add("--output-dir", metavar="DIR", default="output", help=f"where results go {shown}")
     add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
-    add("--checkpoint-interval", metavar="N", type=from_zero, default=0, help="also save every N steps")
-    add("--timeout", metavar="S", type=seconds, default=60, help="seconds to wait for others (default: 60)")
+    add("--checkpoint-interval", metavar="N", type=count, help="also save every N steps")
+    add("--timeout", metavar="S", type=seconds, default=60, help=f"seconds to wait for others {shown}")
     add("--save-model", action="store_true", help="write mnist_model.pt, a state_dict")
     add("--dry-run", action="store_true", help="one batch of training, one of evaluation, no files")
+    parser.set_defaults(**asdict(Hyperparameters()) | {"lr": None})  # which depends on the optimizer
     args = parser.parse_args(argv)
-    if args.lr is None:
-        args.lr = 1.0 if args.optimizer == "adadelta" else 0.07
+    args.lr = args.lr or (1.0 if args.optimizer == "adadelta" else Hyperparameters.lr)
     return args
+
+
+# --- All together -------------------------------------------------------------------------------
+
+
+def run_epoch(trainer, training_set, test_set, args, folder):
+    """Train for an epoch, or what is left of it, test, and save to `folder`, unless that is None."""
+    batch_size = args.batch_size * trainer.job.world_size
+    if batch_size > (images := len(training_set[0])):
+        raise ValueError(f"--batch-size is too large: {batch_size} in all processes, of {images} images")
+    steps = math.ceil(images / batch_size)
+    clock = time.perf_counter() - trainer.seconds
+    for step, loss in enumerate(trainer.train(*training_set), trainer.samples_seen // batch_size):
+        trainer.seconds = time.perf_counter() - clock
+        if step % args.log_interval == 0:
+            logging.info(f"Epoch: {trainer.epoch} ({step / steps:6.1%}) - Loss: {loss.item()}")
+        if args.checkpoint_interval and (step + 1) % args.checkpoint_interval == 0:
+            save(trainer, folder)
+    (loss_sum,) = trainer.job.sum(float(trainer.loss_sum))  # which is read: all steps are done
+    trainer.seconds = time.perf_counter() - clock
+    loss, correct = test(trainer.model, *test_set, args.test_batch_size, trainer.job)
+    accuracy = correct / len(test_set[0])
+    logging.info(f"Test accuracy: {correct}/{len(test_set[0])} ({accuracy:6.1%})")
+    # Katib, which tunes hyper-parameters, looks for lines of this form.
+    logging.info(f"loss={loss:.4f}")
+    logging.info(f"accuracy={accuracy:.4f}")
+    metrics = {"epoch": trainer.epoch, "train_loss": loss_sum / trainer.samples_seen, "test_loss": loss}
+    metrics |= {"accuracy": accuracy, "learning_rate": trainer.scheduler.get_last_lr()[0]}
+    metrics |= {"seconds": trainer.seconds, "samples_per_second": trainer.samples_seen / trainer.seconds}
+    trainer.history.append(metrics)
+    trainer.scheduler.step()
+    trainer.begin(trainer.epoch + 1)
+    save(trainer, folder)
+
+
+def give_up(record):
+    """End the program where its log cannot be written: to a closed pipe, for example, or a full disk."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try once more in the end
+    raise
+
+
+def claimed(folder):
+    """Make the output folder, and return a context in which other runs are kept out of it. Raises OSError."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return FileLock(Path(folder, ".lock"), timeout=0, mode=0o666).acquire()  # for all who may write here
+    except Timeout as error:
+        # Where a file system has no locks, the file itself is one, and tells its process and host.
+        who = " on ".join(Path(folder, ".lock").read_text().split()[:2]) or "unknown"
+        raise OSError(
+            f"another run writes to {folder}. If it is gone ({who}), delete {folder}/.lock"
+        ) from error
 
 
 def run(args, job):
     """Train and evaluate for all epochs, as one of the processes of `job`."""
+    settle_in()
     device = choose_device(job.local_rank, not args.no_cuda)
-    if device.type == "cuda":  # or a resumed run would differ in its last digits
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and nothing here reads it
-    backend = args.backend or ("nccl" if device.type == "cuda" else "gloo")
+    backend = args.backend or dist.get_default_backend_for_device(device)
     logging.info(
         f"Started {job.started}: rank {job.rank} of {job.world_size}, device {device}, "
         f"backend {backend if job.world_size > 1 else 'none'}, {torch.get_num_threads()} threads"
     )
-    writes = job.rank == 0 and not args.dry_run
     if job.local_rank == 0:
-        unpack_mnist(args.data_dir)  # before the processes meet: then it is there for all
-    with (
-        # nccl adds up gradients on the GPUs. The numbers in Job.sum are on the CPU, and gloo adds those up.
-        job.connected("cpu:gloo,cuda:nccl" if backend == "nccl" else backend, args.timeout),
-        claimed(args.output_dir) if writes else nullcontext(),
-    ):
+        find_sums(Path(args.data_dir, "MNIST", "raw"))  # which may download, before the processes meet
+    # Gradients are added up on the GPUs, the few numbers in Job.sum on the CPUs.
+    backends = f"cpu:gloo,{device.type}:{backend}" if backend in ("nccl", "xccl") else backend
+    folder = None if args.dry_run else args.output_dir
+    writes = folder and job.rank == 0
+    with job.connected(backends, args.timeout), claimed(folder) if writes else nullcontext():
+        training_set, test_set = load_mnist(args.data_dir, device)
+        if args.dry_run:
+            args.epochs, training_set = 1, [t[: args.batch_size * job.world_size] for t in training_set]
+            test_set = [t[: args.test_batch_size] for t in test_set]
+        chosen = {name: vars(args)[name] for name in asdict(Hyperparameters())}
+        trainer = Trainer(Hyperparameters(**chosen), job, device)
         if job.world_size > 1:
             logging.info(f"Using distributed PyTorch with {backend} backend")
-        training_set, test_set = load_mnist(args.data_dir, device)
-        batch_size = args.batch_size * job.world_size
-        if batch_size > (images := len(training_set[0])):
-            raise ValueError(f"--batch-size is too large: {batch_size} in all processes, of {images} images")
-        if args.dry_run:
-            args.epochs = 1
-            training_set = [tensor[:batch_size] for tensor in training_set]
-            test_set = [tensor[: args.test_batch_size] for tensor in test_set]
-
-        trainer = Trainer(args, job, device)
-        if args.resume and not args.dry_run:
-            trainer.resume()
-        learner = job.distribute(trainer.learner, training_set[0][:1])
+            trainer.network = job.distribute(trainer.learner)
+        if args.resume and folder:
+            resume(trainer, folder)
         try:
             while trainer.epoch <= args.epochs:
-                train_loss = trainer.train(learner, *training_set)
-                loss, correct = test(trainer.model, *test_set, args.test_batch_size, job)
-                loss, accuracy = trainer.finite(loss), correct / len(test_set[0])
-                logging.info(f"Test accuracy: {correct}/{len(test_set[0])} ({accuracy:6.1%})")
-                # Katib, which tunes hyper-parameters, looks for lines of this form.
-                logging.info(f"loss={loss:.4f}")
-                logging.info(f"accuracy={accuracy:.4f}")
-                trainer.finish_epoch(train_loss, loss, accuracy)
+                run_epoch(trainer, training_set, test_set, args, folder)
         except Stopped:
-            trainer.save()
+            save(trainer, folder)
             logging.info("Stopped by a signal. --resume goes on from the newest checkpoint")
             sys.exit(143)
-        if args.save_model and writes:
-            weights = trainer.model.cpu().state_dict()  # to be read where there is no GPU, too
-            write(Path(args.output_dir, "mnist_model.pt"), serialize(weights))
+        if args.save_model and writes:  # for machines without a GPU, too
+            write(Path(folder, "mnist_model.pt"), trainer.model.cpu().state_dict())
         job.sum(0)  # a barrier: rank 0 must not leave before the others have finished
 
 
@@ -711,21 +699,22 @@ def main(argv=None):
     args = parse_arguments(argv)
     # Standard output, because notebooks paint standard error pink; force, because %run is repeated.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    logging.getLogger().handlers[0].handleError = give_up
     try:
+        if (code := launch(args.num_processes, argv)) is not None:
+            sys.exit(code)
         job = Job.from_environment()
-        if args.num_processes > 1 and job.started == "alone":
-            sys.exit(launch(args.num_processes, argv))
-        if args.num_processes > 1 and job.started != "by torchrun":
-            raise ValueError("--num-processes is for one machine: in a pod, start `torchrun mnist.py`")
-        if job.rank > 0:
-            logging.disable(logging.INFO)
+        logging.disable(logging.INFO if job.rank > 0 else logging.NOTSET)
         run(args, job)
-    except (ArithmeticError, OSError, ValueError, torch.OutOfMemoryError) as error:
+    except (ArithmeticError, OSError, ValueError) as error:
         sys.exit(f"mnist.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("mnist.py: interrupted before the training began")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        sys.exit(f"mnist.py: memory does not suffice, try a smaller --batch-size ({error})")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # after %run, a notebook lives on
+    main()

@@ -10,7 +10,6 @@ are not looked at, and the training has the first 50,000 images only.
 
 import argparse
 import functools
-import logging
 import multiprocessing
 import os
 import statistics
@@ -28,20 +27,21 @@ HELD_OUT = 10_000
 
 def learn(seed, flags, validate):
     """Return the accuracies after each epoch, in per cent."""
-    logging.disable()
     torch.set_num_threads(1)
-    args, job = mnist.parse_arguments([*flags, "--seed", str(seed)]), mnist.Job()
+    mnist.keep_freed_memory()
+    args = mnist.parse_arguments([*flags, "--seed", str(seed)])
     training_set, test_set = mnist.load_mnist(args.data_dir)
     if validate:
         test_set = [tensor[-HELD_OUT:] for tensor in training_set]
         training_set = [tensor[:-HELD_OUT] for tensor in training_set]
-    trainer = mnist.Trainer(args, job, torch.device("cpu"))
+    trainer = mnist.Trainer(mnist.hyperparameters_of(args))
     accuracies = []
     for epoch in range(1, args.epochs + 1):
         trainer.begin(epoch)
-        trainer.train(trainer.learner, *training_set)
+        for _ in trainer.train(*training_set):
+            pass
         trainer.scheduler.step()
-        _, correct = mnist.test(trainer.model, *test_set, args.test_batch_size, job)
+        _, correct = mnist.test(trainer.model, *test_set, args.test_batch_size)
         accuracies.append(100 * correct / len(test_set[0]))
     print(f"seed {seed}:", *(f"{accuracy:.2f}" for accuracy in accuracies), flush=True)
     return accuracies
@@ -52,7 +52,6 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--validate", action="store_true", help="on the last 10,000 training images")
     ours, flags = parser.parse_known_args()
-    mnist.unpack_mnist(mnist.parse_arguments(flags).data_dir)
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         task = functools.partial(learn, flags=flags, validate=ours.validate)
         runs = pool.map(task, ours.seeds, chunksize=1)
