@@ -118,7 +118,6 @@ def find_sums(raw):
         words = (raw / "SHA256SUMS").read_text().replace("*", " ").split()
         return dict(zip(words[1::2], words[::2], strict=False))
     from torchvision.datasets import MNIST, utils  # takes a second, and is seldom needed
-
     if not any(raw.glob("*-ubyte*")):
         logging.info(f"Downloading MNIST from {MNIST.mirrors[0]}")
         raw.parent.mkdir(parents=True, exist_ok=True)
@@ -430,8 +429,8 @@ class Job(Alone):
                 raise
             if dist.is_initialized():
                 dist.group.WORLD.abort()  # nccl would wait for the lost one before it lets go
-            where = "(meeting at {MASTER_ADDR}:{MASTER_PORT})".format_map(os.environ)
-            who = f"rank {self.rank} of {self.world_size} {where}"
+            who = "rank {rank} of {world_size} (meeting at {MASTER_ADDR}:{MASTER_PORT})"
+            who = who.format(**vars(self), **os.environ)
             raise ConnectionError(f"{who} failed, or lost another: {str(error).splitlines()[0]}") from error
         finally:
             for name, handler in handlers.items():
