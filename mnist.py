@@ -118,6 +118,7 @@ def find_sums(raw):
         words = (raw / "SHA256SUMS").read_text().replace("*", " ").split()
         return dict(zip(words[1::2], words[::2], strict=False))
     from torchvision.datasets import MNIST, utils  # takes a second, and is seldom needed
+
     if not any(raw.glob("*-ubyte*")):
         logging.info(f"Downloading MNIST from {MNIST.mirrors[0]}")
         raw.parent.mkdir(parents=True, exist_ok=True)
@@ -505,8 +506,7 @@ def count_processors():
 
 def settle_in():
     """Use the processors that there are; on Linux, also stop when torchrun dies, and keep freed memory."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), count_processors()))
+    torch.set_num_threads(min(torch.get_num_threads(), count_processors()))
     with suppress(AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.prctl(1, signal.SIGTERM if "LOCAL_RANK" in os.environ else 0)  # PR_SET_PDEATHSIG
