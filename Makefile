@@ -2,33 +2,47 @@
 # UV_TORCH_BACKEND=cpu (or auto, cu130, …) the build of torch; without it you get the one on PyPI.
 PYTHON ?= python3
 BIN = .venv/bin
+# Unlike the scripts in .venv/bin, this works after the project's folder has been moved.
+RUN = $(BIN)/python -m
+
+# uv takes UV_DEFAULT_INDEX, UV_INDEX and SSL_CERT_FILE. Where they are not set, it gets pip's index and certificates.
+pip-has = $(shell $(RUN) pip config list | sed -n "s/.*[.]$(1)='\(.*\)'$$/\1/p" | head -n 1)
+uv-takes = $(if $($(1)),,$(addprefix $(1)=,$(call pip-has,$(2))))
+UV = $(call uv-takes,UV_DEFAULT_INDEX,index-url) $(call uv-takes,SSL_CERT_FILE,cert) \
+    $(call uv-takes,UV_INSECURE_HOST,trusted-host) $(BIN)/uv
+
+ifneq ($(wildcard .venv/uv),)
+ifneq ($(shell $(BIN)/python -c "print(1)" 2>&1),1)
+$(error The Python that .venv was made with is gone: remove .venv, and run make again)
+endif
+endif
 
 .PHONY: notebook test lab lint notebook-refresh faults bench scale requirements system-packages
 
 notebook: .venv/notebook
-	$(BIN)/papermill notebooks/mnist.ipynb out.ipynb -p epochs 1 --log-output --no-progress-bar
+	$(RUN) papermill notebooks/mnist.ipynb out.ipynb -p epochs 1 --log-output --no-progress-bar
 
 test: .venv/tests
-	$(BIN)/pytest
+	$(RUN) pytest
 
 lab: .venv/notebook
-	$(BIN)/jupyter lab notebooks/mnist.ipynb
+	$(RUN) jupyterlab notebooks/mnist.ipynb
 
 lint: .venv/tests
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(RUN) ruff check . && $(RUN) ruff format --check .
 
 .venv/uv:
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.8
+	$(RUN) pip install --quiet --disable-pip-version-check uv==0.13.8
 	touch $@
 
 # requirements.txt serves as the list of versions, not of packages: other builds of torch need fewer.
 .venv/notebook: .venv/uv requirements.in requirements.txt
-	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -r requirements.in -c requirements.txt
+	$(UV) pip install --compile-bytecode --python $(BIN)/python -r requirements.in -c requirements.txt
 	touch $@
 
 .venv/tests: .venv/notebook requirements-dev.in requirements-dev.txt
-	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -r requirements-dev.in -c requirements-dev.txt -c requirements.txt
+	$(UV) pip install --compile-bytecode --python $(BIN)/python -r requirements-dev.in -c requirements-dev.txt -c requirements.txt
 	touch $@
 
 notebook-refresh: .venv/notebook
@@ -43,7 +57,7 @@ bench: .venv/bench
 	$(BIN)/python benchmarks/bench.py
 
 .venv/bench: .venv/notebook requirements-bench.in requirements-bench.txt
-	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -r requirements-bench.in -c requirements-bench.txt -c requirements-dev.txt -c requirements.txt
+	$(UV) pip install --compile-bytecode --python $(BIN)/python -r requirements-bench.in -c requirements-bench.txt -c requirements-dev.txt -c requirements.txt
 	touch $@
 
 # How training scales over processes and hosts; needs root, and a machine that does nothing else.
@@ -51,9 +65,9 @@ scale: .venv/tests
 	$(BIN)/python -m benchmarks.scale
 
 requirements: .venv/uv
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements.in -o requirements.txt
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements-dev.in -c requirements.txt -o requirements-dev.txt
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header requirements-bench.in -c requirements-dev.txt -c requirements.txt -o requirements-bench.txt
+	$(UV) pip compile --quiet --universal --python-version 3.10 --no-header requirements.in -o requirements.txt
+	$(UV) pip compile --quiet --universal --python-version 3.10 --no-header requirements-dev.in -c requirements.txt -o requirements-dev.txt
+	$(UV) pip compile --quiet --universal --python-version 3.10 --no-header requirements-bench.in -c requirements-dev.txt -c requirements.txt -o requirements-bench.txt
 
 # For the tests that pip alone cannot provide for. Debian and Ubuntu; needs root. Newer ones than Debian 12 have
 # docker's client and its builder in packages of their own.

@@ -1,12 +1,16 @@
 """The set-up: one source of truth for what is installed, however it is installed."""
 
+import os
 import re
+import shutil
+import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import RAW, ROOT, need, skip
 
 
 def packages(file):
@@ -42,7 +46,7 @@ def test_pins_exist_for_linux_macos_and_windows():
 def test_the_trainer_imports_only_what_comes_with_torch_and_torchvision():
     imported = re.findall(r"^(?:import|from) (\w+)", (ROOT / "mnist.py").read_text(), re.M)
     others = {name for name in imported if name not in sys.stdlib_module_names}
-    assert others == {"torch", "torchvision", "filelock"}  # torch itself requires filelock
+    assert others == {"torch", "filelock"}  # torch itself requires filelock
 
 
 def test_no_file_is_bound_to_one_registry():
@@ -53,7 +57,7 @@ def test_no_file_is_bound_to_one_registry():
         ROOT / "Dockerfile",
         ROOT / "environment.yml",
     ]:
-        assert not re.search(r"index-url|https?://\S*(pypi|whl)", file.read_text()), file
+        assert not re.search(r"index-url[= ]|https?://\S*(pypi|whl)", file.read_text()), file
 
 
 def test_every_link_to_a_file_leads_somewhere():
@@ -67,3 +71,75 @@ def test_the_layout_in_the_readme_is_that_of_the_repository():
     names = [name for line in layout.strip().splitlines() for name in line.split("  ")[0].split(", ")]
     missing = [name for name in names if "*" not in name and not Path(ROOT, name).exists()]
     assert not missing
+
+
+# --- make ---------------------------------------------------------------------------------------
+
+
+def make_begun(folder, with_pip=False):
+    """Make `folder` a project in which make has got as far as uv: next, it installs packages."""
+    need("make", "make")
+    for name in ("Makefile", "requirements.in", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    venv.create(folder / ".venv", with_pip=with_pip)
+    shutil.copy(Path(sys.executable).with_name("uv"), folder / ".venv/bin/uv")
+    (folder / ".venv/uv").touch()
+
+
+def make(folder, *arguments):
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True)
+
+
+MIRROR = "ip link set lo up; {python} -m http.server --bind 127.0.0.1 8000 2> asked & sleep 2; {make}"
+
+
+def test_pips_index_is_also_uvs(tmp_path):
+    """A company's mirror, an empty one here, is the only way out of a machine without any other network."""
+    need("unshare", "util-linux")
+    need("ip", "iproute2")
+    if os.geteuid():
+        skip("root is missing, and without it no network can be taken away")
+    make_begun(tmp_path, with_pip=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
+    made = subprocess.run(
+        ["unshare", "--net", "--pid", "--fork", "--kill-child", "sh", "-c"]
+        + [MIRROR.format(python=sys.executable, make="make .venv/notebook")],
+        cwd=tmp_path,
+        env=environment | {"PIP_INDEX_URL": "http://127.0.0.1:8000/simple", "UV_HTTP_RETRIES": "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    asked = (tmp_path / "asked").read_text()
+    assert '"GET /simple/torch/ HTTP/1.1" 404' in asked, made.stderr + asked
+    assert made.returncode == 2 and "torch was not found in the package registry" in made.stderr, made.stderr
+
+
+def test_a_python_that_is_gone_is_one_sentence(tmp_path):
+    make_begun(tmp_path)
+    for python in (tmp_path / ".venv/bin").glob("python*"):
+        python.unlink()
+    (tmp_path / ".venv/bin/python").symlink_to(tmp_path / "gone")
+    made = make(tmp_path, "notebook")
+    assert made.returncode == 2 and made.stdout == ""
+    assert re.fullmatch(r"Makefile:\d+: \*\*\* The Python .* is gone: remove \.venv, .*\n", made.stderr)
+
+
+def test_a_project_that_is_moved_keeps_what_was_installed(tmp_path):
+    (tmp_path / "before").mkdir()
+    make_begun(tmp_path / "before")
+    moved = (tmp_path / "before").rename(tmp_path / "moved")
+    shown = make(moved, "--eval=show:; $(BIN)/python -c 'import sys; print(sys.prefix)'", "show")
+    assert shown.returncode == 0 and str(moved / ".venv") in shown.stdout, shown.stderr
+    programs = re.findall(r"\$\(BIN\)/([\w-]+)", (ROOT / "Makefile").read_text())
+    assert set(programs) == {"python", "uv"}  # scripts have the old place in their first line
+
+
+def test_a_clone_has_the_same_line_ends_whatever_git_is_set_to(tmp_path):
+    need("git", "git")
+    clone = ["git", "clone", "--quiet", "--config", "core.autocrlf=true", "--depth=1", f"file://{ROOT}"]
+    subprocess.run([*clone, tmp_path / "clone"], check=True)
+    for name in ("docker/run.sh", "mnist.py", "notebooks/mnist.ipynb", str(RAW / "SHA256SUMS"), "Makefile"):
+        assert b"\r" not in (tmp_path / "clone" / name).read_bytes(), name
+    for archive in (ROOT / RAW).glob("*.gz"):
+        assert (tmp_path / "clone" / RAW / archive.name).read_bytes() == archive.read_bytes()
