@@ -12,7 +12,7 @@ UV = $(call uv-takes,UV_DEFAULT_INDEX,index-url) $(call uv-takes,SSL_CERT_FILE,c
     $(call uv-takes,UV_INSECURE_HOST,trusted-host) $(BIN)/uv
 
 ifneq ($(wildcard .venv/uv),)
-ifneq ($(shell $(BIN)/python -c "print(1)" 2>&1),1)
+ifeq ($(shell test -x $(BIN)/python && echo there),)
 $(error The Python that .venv was made with is gone: remove .venv, and run make again)
 endif
 endif

@@ -101,9 +101,9 @@ def test_pips_index_is_also_uvs(tmp_path):
         skip("root is missing, and without it no network can be taken away")
     make_begun(tmp_path, with_pip=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
+    script = MIRROR.format(python=sys.executable, make="make .venv/notebook")
     made = subprocess.run(
-        ["unshare", "--net", "--pid", "--fork", "--kill-child", "sh", "-c"]
-        + [MIRROR.format(python=sys.executable, make="make .venv/notebook")],
+        ["unshare", "--net", "--pid", "--fork", "--kill-child", "sh", "-c", script],
         cwd=tmp_path,
         env=environment | {"PIP_INDEX_URL": "http://127.0.0.1:8000/simple", "UV_HTTP_RETRIES": "0"},
         capture_output=True,
