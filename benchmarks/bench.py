@@ -425,7 +425,7 @@ def main(argv=None):
     if args.render:
         return render(json.loads(args.results.read_text()))
     # In a process of its own, for torch is large.
-    unpack = "import mnist; mnist.unpack_mnist('datasets')"
+    unpack = "from torchvision.datasets import MNIST; MNIST('datasets', download=True)"
     subprocess.run([sys.executable, "-c", unpack], cwd=ROOT, check=True)
     results = {**machine(args), "runs": []}
     args.results.parent.mkdir(parents=True, exist_ok=True)

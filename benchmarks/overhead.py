@@ -15,46 +15,40 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
-
 import mnist
+from benchmarks.reporting import time_epoch
 
-PAIRS, STEPS = 80, 20
+PAIRS, STEPS, BATCH = 80, 20, mnist.Hyperparameters.batch_size
 
 
 def main():
+    mnist.settle_in()
     job = mnist.Job.from_environment()
-    args = mnist.parse_arguments(["--log-interval", "999999"])
-    with tempfile.TemporaryDirectory() as args.output_dir, job.connected("gloo", args.timeout):
-        if job.local_rank == 0:
-            mnist.unpack_mnist(args.data_dir)
-        job.sum(0)  # a barrier: now all is unpacked
-        (images, labels), _ = mnist.load_mnist(args.data_dir)
-        trainer = mnist.Trainer(args, job, torch.device("cpu"))
-        model = job.distribute(trainer.learner, images[:1])
-        agree, samples = job.stop_if_asked, STEPS * args.batch_size * job.world_size
+    with tempfile.TemporaryDirectory() as folder, job.connected("gloo", timeout=60):
+        (images, labels), _ = mnist.load_mnist("datasets")
+        trainer = mnist.Trainer(mnist.Hyperparameters(), job)
+        if job.world_size > 1:
+            trainer.network = job.distribute(trainer.learner)
+        agree, samples = job.stop_if_asked, STEPS * BATCH * job.world_size
 
         def block(stop_if_asked):
             """Return the seconds that so many steps take."""
             job.stop_if_asked = stop_if_asked
-            trainer.begin(trainer.epoch + 1)  # in another order
             job.sum(0)  # a barrier
-            trainer.train(model, images[:samples], labels[:samples])
-            assert trainer.optimizer.state, "the optimiser had nothing to do"
-            return trainer.seconds
+            return time_epoch(trainer, images[:samples], labels[:samples])
 
         block(agree)  # to warm up
         pairs = [(block(agree), block(lambda: None)) for _ in range(PAIRS)]
         begin = time.perf_counter()
-        trainer.save()
+        mnist.save(trainer, folder)
         saving = time.perf_counter() - begin
 
     if job.rank == 0:
         ratios = [careful / careless for careful, careless in pairs]
         low, middle, high = statistics.quantiles(ratios, n=4)
         step = statistics.median(careless for _, careless in pairs) / STEPS
-        epoch = step * len(images) / args.batch_size / job.world_size
-        print(f"{job.world_size} process(es), {PAIRS} pairs of {STEPS} steps of {args.batch_size} images")
+        epoch = step * len(images) / BATCH / job.world_size
+        print(f"{job.world_size} process(es), {PAIRS} pairs of {STEPS} steps of {BATCH} images")
         print(f"with the agreement / without: median {middle:.4f}, quartiles {low:.4f} to {high:.4f}")
         print(f"a checkpoint takes {saving / epoch:.2%} of an epoch's steps")
 

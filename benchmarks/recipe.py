@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -27,14 +28,15 @@ HELD_OUT = 10_000
 
 def learn(seed, flags, validate):
     """Return the accuracies after each epoch, in per cent."""
+    mnist.settle_in()
     torch.set_num_threads(1)
-    mnist.keep_freed_memory()
     args = mnist.parse_arguments([*flags, "--seed", str(seed)])
     training_set, test_set = mnist.load_mnist(args.data_dir)
     if validate:
         test_set = [tensor[-HELD_OUT:] for tensor in training_set]
         training_set = [tensor[:-HELD_OUT] for tensor in training_set]
-    trainer = mnist.Trainer(mnist.hyperparameters_of(args))
+    chosen = {field.name: getattr(args, field.name) for field in fields(mnist.Hyperparameters)}
+    trainer = mnist.Trainer(mnist.Hyperparameters(**chosen))
     accuracies = []
     for epoch in range(1, args.epochs + 1):
         trainer.begin(epoch)

@@ -8,7 +8,6 @@ that both have the same neighbours.
 """
 
 import argparse
-import logging
 import statistics
 import sys
 import time
@@ -20,10 +19,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import mnist
-from benchmarks.reporting import processor, replace_between
+from benchmarks.reporting import processor, replace_between, time_epoch
 
 PAGE = Path(__file__).parent / "README.md"
-BLOCKS, STEPS = 20, 20
+BLOCKS, STEPS, BATCH = 20, 20, mnist.Hyperparameters.batch_size
 SIZE = 1024  # rows and columns of the matrices that are multiplied
 
 # The lines of a step: the name that PyTorch's profiler has for each, and what tells it from its namesakes.
@@ -43,7 +42,7 @@ LINES = (
     ("the optimiser", "Optimizer.step#SGD.step", None),
     ("distorting the digits", "aten::affine_grid_generator", None),
     ("distorting the digits", "aten::grid_sampler", None),
-    ("averaging the weights", "aten::lerp_", None),
+    ("averaging the weights", "aten::_foreach_lerp_", None),
 )
 
 
@@ -52,22 +51,18 @@ def blocks_of_steps(trainer, images, labels):
     matrix = torch.rand(SIZE, SIZE)
     steps, peaks = [], []
     for _ in range(BLOCKS):
-        trainer.begin(trainer.epoch + 1)  # in another order
-        trainer.train(trainer.learner, images, labels)
-        steps.append(trainer.seconds / STEPS)
+        steps.append(time_epoch(trainer, images, labels) / STEPS)
         begin = time.perf_counter()
         for _ in range(10):
             matrix @ matrix
         peaks.append(10 * 2 * SIZE**3 / (time.perf_counter() - begin))
-    assert trainer.optimizer.state, "the optimiser had nothing to do"
     return steps, peaks
 
 
 def cost_of_lines(trainer, images, labels):
     """Return the share of each line in a step's time, as a dict."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
-        trainer.begin(trainer.epoch + 1)
-        trainer.train(trainer.learner, images, labels)
+        seconds = time_epoch(trainer, images, labels)
     events, shares = seen.key_averages(group_by_input_shape=True), {}
     for title, name, shape in LINES:
         found = [
@@ -77,18 +72,18 @@ def cost_of_lines(trainer, images, labels):
         ]
         if not found:
             raise ValueError(f"this PyTorch knows no {name} with {shape}")
-        shares[title] = shares.get(title, 0) + sum(found) / 1e6 / trainer.seconds
+        shares[title] = shares.get(title, 0) + sum(found) / 1e6 / seconds
     shares["the rest: the batch, normalisation, dropout, the loss"] = 1 - sum(shares.values())
     return shares
 
 
-def table(args, steps, peaks, shares, operations):
+def table(steps, peaks, shares, operations):
     """Return what was found as Markdown."""
     step, peak = statistics.median(steps), statistics.median(peaks)
     low, _, high = statistics.quantiles(peaks, n=4)
     threads = "one thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
     lines = [
-        f"{processor()}, {threads}, batches of {args.batch_size}, torch {torch.__version__}; medians "
+        f"{processor()}, {threads}, batches of {BATCH}, torch {torch.__version__}; medians "
         f"of {BLOCKS} blocks of {STEPS} steps. Multiplying matrices: {peak / 1e9:.0f} GFLOP/s (quartiles "
         f"{low / 1e9:.0f} to {high / 1e9:.0f}).",
         "",
@@ -106,7 +101,7 @@ def table(args, steps, peaks, shares, operations):
     return "\n".join(lines)
 
 
-def count_operations(batch_size):
+def count_operations():
     """Return the multiplications and additions of a step's matrix products and convolutions, by line.
 
     Each forward pass costs 2 for each weight and place; backward, as much for the weights' gradients and
@@ -116,7 +111,7 @@ def count_operations(batch_size):
     weights = {"linear layer 1": 9216 * 128, "linear layer 2": 128 * 10}
     operations = {}
     for title, products in (pixels | weights).items():
-        operations[title] = 2 * products * batch_size
+        operations[title] = 2 * products * BATCH
         passes = 1 if title == "convolution 1" else 2
         operations[f"gradients of {title}"] = passes * operations[title]
     return operations
@@ -126,17 +121,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--threads", type=int, default=1)
     threads = parser.parse_args().threads
+    mnist.settle_in()
     torch.set_num_threads(threads)
-    args = mnist.parse_arguments(["--log-interval", "999999"])
-    logging.disable()
-    mnist.unpack_mnist(args.data_dir)
-    (images, labels), _ = mnist.load_mnist(args.data_dir)
-    images, labels = (tensor[: STEPS * args.batch_size] for tensor in (images, labels))
-    trainer = mnist.Trainer(args, mnist.Job(), torch.device("cpu"))
-    trainer.train(trainer.learner, images, labels)  # to warm up
+    (images, labels), _ = mnist.load_mnist("datasets")
+    images, labels = (tensor[: STEPS * BATCH] for tensor in (images, labels))
+    trainer = mnist.Trainer(mnist.Hyperparameters())
+    time_epoch(trainer, images, labels)  # to warm up
     steps, peaks = blocks_of_steps(trainer, images, labels)
     shares = cost_of_lines(trainer, images, labels)
-    found = table(args, steps, peaks, shares, count_operations(args.batch_size))
+    found = table(steps, peaks, shares, count_operations())
     print(found)
     if threads == 1:
         PAGE.write_text(replace_between(PAGE.read_text(), "step", found))

@@ -44,6 +44,7 @@ def make_small_project(folder, train=1000, test=500):
     for name in mnist.FILES:
         contents = slice_of(name, train if "train" in name else test)
         (folder / RAW / name).write_bytes(contents)
+        (folder / RAW / f"{name}.gz").write_bytes(gzip.compress(contents, 1))
         sums += f"{hashlib.sha256(contents).hexdigest()}  {name}\n"
     (folder / RAW / "SHA256SUMS").write_text(sums)
     shutil.copy(ROOT / "mnist.py", folder)

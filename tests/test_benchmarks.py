@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from conftest import ROOT, run
 
 import mnist
+from benchmarks.reporting import time_epoch
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
 
@@ -202,7 +203,7 @@ def test_packages_of_the_peers_are_pinned_as_the_others_are():
 
 @pytest.fixture(scope="module")
 def digits():
-    mnist.unpack_mnist(ROOT / "datasets")
+    shared_torch.datasets.MNIST(ROOT / "datasets", download=True)  # unpacks it, for the peers
     training_set, _ = mnist.load_mnist(ROOT / "datasets")
     return training_set
 
@@ -210,6 +211,7 @@ def digits():
 @pytest.fixture
 def one_thread():
     threads = torch.get_num_threads()
+    mnist.settle_in()  # as the program does; the others keep freed memory then, too
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
@@ -218,8 +220,7 @@ def one_thread():
 @pytest.fixture
 def trainer():
     """The trainer with the seed's method, so that what is compared is how it is done."""
-    args = mnist.parse_arguments(["--optimizer", "adadelta", "--log-interval", "999999"])
-    return mnist.Trainer(args, mnist.Job(), torch.device("cpu"))
+    return mnist.Trainer(mnist.Hyperparameters(optimizer="adadelta", lr=1.0))
 
 
 def median_ratio(one, other, pairs):
@@ -238,11 +239,6 @@ def median_ratio(one, other, pairs):
 def test_a_step_of_training_is_no_slower_than_the_seeds(digits, one_thread, trainer):
     images, labels = (tensor[: 4 * 64] for tensor in digits)
 
-    def ours():
-        trainer.begin(trainer.epoch + 1)
-        trainer.train(trainer.learner, images, labels)
-        assert trainer.optimizer.state, "the optimiser had nothing to do"
-
     model = shared_torch.Net(nn.Dropout2d)
     optimizer, _ = shared_torch.adadelta(model)
     batches = ((images[:, None] / 255 - mnist.MEAN) / mnist.STD).split(64)  # decoding is not what is compared
@@ -254,7 +250,7 @@ def test_a_step_of_training_is_no_slower_than_the_seeds(digits, one_thread, trai
             optimizer.step()
 
     # Seen on a busy machine: 0.98 to 1.02, with a normalisation that the other has not got.
-    assert median_ratio(ours, seeds, pairs=12) < 1.25
+    assert median_ratio(lambda: time_epoch(trainer, images, labels), seeds, pairs=12) < 1.25
 
 
 def test_convolutions_get_channels_last(digits, trainer):
@@ -265,7 +261,7 @@ def test_convolutions_get_channels_last(digits, trainer):
             tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (*inputs, output)
         )
     )
-    trainer.train(trainer.learner, *(tensor[:64] for tensor in digits))
+    next(trainer.train(*(tensor[:64] for tensor in digits)))
     assert layouts == [True, True]
 
 
@@ -286,12 +282,7 @@ def test_images_come_from_memory(digits, one_thread, trainer, augment, bound):
     """All of a step but the network and the average, and the seed's decoding of image after image."""
     images, labels = (tensor[: 20 * 64] for tensor in digits)
     loader, _ = shared_torch.loaders(20 * 64)
-    nothing = NoNetwork()
-    trainer.args.augment = augment
-    trainer.average = lambda steps: None  # all weights are read for it: how long that takes is the memory's
-
-    def ours():
-        trainer.begin(trainer.epoch + 1)
-        trainer.train(nothing, images, labels)
-
-    assert median_ratio(ours, lambda: list(loader), pairs=12) < bound
+    trainer.hyperparameters.augment = augment
+    # The average reads all weights, and how long that takes is the memory's: hence one of next to nothing.
+    trainer.network = trainer.learner = trainer.model = NoNetwork()
+    assert median_ratio(lambda: time_epoch(trainer, images, labels), lambda: list(loader), pairs=12) < bound

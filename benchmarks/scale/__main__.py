@@ -20,11 +20,9 @@ from pathlib import Path
 
 import torch
 
-import mnist
 from benchmarks.reporting import processor, replace_between
 from benchmarks.scale.measure import measure
 from benchmarks.scale.report import draw, report
-from benchmarks.scale.worker import DATA
 
 
 def main():
@@ -38,7 +36,6 @@ def main():
     if args.again:
         results = json.loads(raw.read_text())
     else:
-        mnist.unpack_mnist(DATA)
         about = {
             "torch": torch.__version__,
             "cpu": f"{os.cpu_count()} cores of {processor()}",

@@ -4,7 +4,6 @@ python benchmarks/scale/worker.py TASK        started by measure.py; the task is
 """
 
 import json
-import logging
 import os
 import socket
 import statistics
@@ -23,6 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import mnist
+from benchmarks.reporting import time_epoch
 from benchmarks.scale.model import Pace
 from benchmarks.scale.plan import BATCH, PARAMETERS, SIZES, VARIANTS
 
@@ -71,18 +71,16 @@ def distribute(model, variant):
 
 def bench_in_earnest(job, variant, data):
     """Return a function that trains for so many steps, and returns how long it took; and the model."""
-    args = mnist.parse_arguments(["--log-interval", "999999"])
-    trainer = mnist.Trainer(args, job, torch.device("cpu"))
-    model = trainer.learner if job.world_size == 1 else distribute(trainer.learner, variant)
+    mnist.settle_in()
+    trainer = mnist.Trainer(mnist.Hyperparameters(), job)
+    if job.world_size > 1:
+        trainer.network = distribute(trainer.learner, variant)
 
     def run(steps):
         samples = steps * BATCH * job.world_size
-        trainer.begin(trainer.epoch + 1)  # in another order
-        trainer.train(model, *(tensor[:samples] for tensor in data))
-        assert trainer.optimizer.state, "the optimiser had nothing to do"
-        return trainer.seconds
+        return time_epoch(trainer, *(tensor[:samples] for tensor in data))
 
-    return run, model
+    return run, trainer.network
 
 
 def bench_asleep(job, variant, pace):
@@ -220,5 +218,4 @@ def work(task):
 
 
 if __name__ == "__main__":
-    logging.disable(logging.INFO)
     work(json.loads(sys.argv[1]))
