@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +18,7 @@ from types import SimpleNamespace
 
 import nbformat
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -30,15 +33,15 @@ CODE = [cell for cell in CELLS.values() if cell.cell_type == "code"]
 PICTURES = sum(len(re.findall(r"^ *show\(", cell.source, re.MULTILINE)) for cell in CODE)
 PROSE = "\n".join(cell.source for cell in CELLS.values() if cell.cell_type == "markdown")
 
+PARTS = [cell.id for cell in CODE if re.match(r"%%writefile .*\$TRAINER_FILE", cell.source)]
+
 # Those that write files, those that these need, and the last chapters: they run on a slice of the data.
 ON_A_SLICE = [
     "go-to-the-project",
-    "versions-and-device",
-    "file-names",
     "parameters",
     "check-the-parameters",
-    "check-the-cluster",
-    "trainer",
+    "load-the-trainer",
+    *PARTS,
     "remove-old-results",
     "run-the-trainer",
     "check-the-run",
@@ -49,12 +52,13 @@ ON_A_SLICE = [
     "manifest",
     "put-parameters-into-the-manifest",
     "read-the-manifest",
+    "check-the-cluster",
     "claim-a-volume",
     "create-the-job",
     "name-of-the-job",
+    "define-wait-for",
     "describe-the-job",
     "list-the-pods",
-    "define-wait-for",
     "follow-the-log",
     "wait-for-the-end",
     "delete-the-job",
@@ -62,8 +66,9 @@ ON_A_SLICE = [
 
 
 def body(cell):
-    """Return what a %%writefile cell writes."""
-    return cell.source.split("\n", 1)[1] + "\n"
+    """Return what a %%writefile cell writes: Jupyter ends it with a new line, unless it ends so."""
+    text = cell.source.split("\n", 1)[1]
+    return text if text.endswith("\n") else text + "\n"
 
 
 def execute(*names, **variables):
@@ -122,18 +127,66 @@ def images_of(notebook):
 # --- The files that it writes -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("cell", "file", "name"),
-    [("trainer", "$TRAINER_FILE", "mnist.py"), ("manifest", "$KUBERNETES_FILE", "pytorchjob-mnist.yaml")],
-)
-def test_the_cell_is_the_committed_file_byte_for_byte(cell, file, name):
-    assert CELLS[cell].source.startswith(f"%%writefile {file}\n")
-    assert body(CELLS[cell]).encode() == (ROOT / name).read_bytes()
-    assert name in execute("file-names").values()
+def test_the_cells_are_the_committed_files_byte_for_byte():
+    files = {"TRAINER_FILE": PARTS, "KUBERNETES_FILE": ["manifest"]}
+    for variable, cells in files.items():
+        flags = [f"%%writefile ${variable}", *[f"%%writefile -a ${variable}"] * (len(cells) - 1)]
+        assert [CELLS[name].source.split("\n")[0] for name in cells] == flags
+        file = re.search(rf'^{variable} = "(.+)"$', CELLS["load-the-trainer"].source, re.MULTILINE)[1]
+        assert "".join(body(CELLS[name]) for name in cells).encode() == (ROOT / file).read_bytes()
+
+
+@pytest.fixture
+def trainer_file(tmp_path, monkeypatch):
+    """The trainer as its cells write it, where load_trainer looks for it; and load_trainer."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mnist", raising=False)
+    load = execute("load-the-trainer", re=re, Path=Path, sys=sys)["load_trainer"]
+    file = tmp_path / "mnist.py"
+    for number, name in enumerate(PARTS, 1):
+        with open(file, "a") as opened:
+            opened.write(body(CELLS[name]))
+        assert load(parts=number).__file__ == str(file)
+    assert file.read_bytes() == (ROOT / "mnist.py").read_bytes()
+    return SimpleNamespace(file=file, load=load)
+
+
+@pytest.mark.parametrize("number", range(2, 9))
+def test_a_part_that_is_run_again_takes_the_place_of_the_older_one(number, trainer_file):
+    text = body(CELLS[PARTS[number - 1]])
+    newer = text.replace("\n\n", "\n\nNEWER = True\n", 1)
+    with open(trainer_file.file, "a") as opened:
+        opened.write(newer)
+    assert trainer_file.load(parts=number).NEWER
+    assert trainer_file.file.read_text() == (ROOT / "mnist.py").read_text().replace(text, newer)
+
+
+def test_a_file_that_is_not_made_of_all_parts_stops_the_notebook_with_a_sentence(trainer_file):
+    file, load = trainer_file.file, trainer_file.load
+    whole = file.read_text()
+    for broken in (
+        body(CELLS[PARTS[0]]),  # the first part was run again, and no other
+        whole.replace(body(CELLS[PARTS[4]]), ""),
+        whole + "# --- A part with a new title ---\n",
+    ):
+        file.write_text(broken)
+        with pytest.raises(RuntimeError, match=r"^mnist\.py is not made of these parts: .*\.$"):
+            load(parts=8)
+        assert file.read_text() == broken
+    assert "load_trainer(parts=8)\n%run $TRAINER_FILE" in CELLS["run-the-trainer"].source
+
+
+def test_each_part_is_tried_right_after_it():
+    order = [cell.id for cell in CODE]
+    for number, name in enumerate(PARTS, 1):
+        tried = CELLS[order[order.index(name) + 1]].source
+        assert tried.startswith(f"mnist = load_trainer(parts={number})\n")
+        assert tried.count("\n") < 10
 
 
 def parameters(**changes):
-    return execute("parameters") | changes
+    return execute("parameters") | {"re": re} | changes
 
 
 def manifest_with(folder, **changes):
@@ -213,7 +266,7 @@ def test_a_bad_value_is_refused_with_one_sentence_that_names_parameter_and_value
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in GOOD for value in GOOD[name]])
 def test_a_good_value_is_accepted(name, value, capsys):
     execute("check-the-parameters", **parameters(**{name: value}))
-    assert capsys.readouterr().out == "All parameters are fine.\n"
+    assert capsys.readouterr().out == ""
 
 
 def test_every_parameter_is_checked_and_is_used():
@@ -224,16 +277,15 @@ def test_every_parameter_is_checked_and_is_used():
 
 
 @pytest.mark.parametrize(("name", "value"), [("epochs", "abc"), ("batch_size", "1000000"), ("submit", "1")])
-def test_papermill_stops_at_a_bad_value_and_nothing_is_written(name, value, tmp_path):
-    project = tmp_path / "project"
-    (project / "notebooks").mkdir(parents=True)
-    shutil.copy(NOTEBOOK, project / "notebooks")
-    before = files_in(project)
-    out = tmp_path / "out.ipynb"
-    code, output = run(project, "-m", "papermill", "notebooks/mnist.ipynb", out, "-p", name, value)
+def test_papermill_stops_at_a_bad_value_and_nothing_is_written(name, value, small):
+    (small / "notebooks").mkdir()
+    shutil.copy(NOTEBOOK, small / "notebooks")
+    before = files_in(small)
+    out = small.parent / "out.ipynb"
+    code, output = run(small, "-m", "papermill", "notebooks/mnist.ipynb", out, "-p", name, value)
     assert code == 1
     assert re.search(rf"\nValueError: {name} must be [^\n]+, not '?{value}'?\.\n", output)
-    assert files_in(project) == before
+    assert files_in(small) == before
 
 
 def test_papermill_explains_every_parameter(tmp_path):
@@ -248,43 +300,38 @@ def test_papermill_explains_every_parameter(tmp_path):
 # --- Submitting ---------------------------------------------------------------------------------
 
 
+WITHOUT_TRAINING = [
+    name for name in ON_A_SLICE if name not in PARTS and not re.search("results|run|processes", name)
+]
+
+
 def submit_in(folder, **environment):
-    """Run the whole notebook with submit=True: it must stop before it has written anything."""
-    (folder / "notebooks").mkdir(parents=True)
-    shutil.copy(NOTEBOOK, folder / "notebooks")
-    before = files_in(folder)
-    arguments = ("notebooks/mnist.ipynb", folder.parent / "out.ipynb", "-p", "submit", "True")
-    code, output = run(folder, "-m", "papermill", *arguments, **environment)
-    assert code == 1
-    assert files_in(folder) == before
-    (sentence,) = re.findall(r"\nRuntimeError: (submit is True[^\n]+)\n", output)
-    return sentence
-
-
-def test_submitting_without_kubectl_stops_at_once(tmp_path):
-    assert submit_in(tmp_path / "project", PATH="").endswith("there is no kubectl on this machine.")
-
-
-def test_submitting_without_a_cluster_stops_at_once(tmp_path):
-    need("kubectl", "kubernetes-client")
-    nowhere = write_kubeconfig(tmp_path, "http://127.0.0.1:9")  # nobody listens there
-    sentence = submit_in(tmp_path / "project", KUBECONFIG=nowhere)
-    assert "no cluster with PyTorchJobs answers: " in sentence
-    assert "127.0.0.1:9" in sentence
-
-
-WITHOUT_TRAINING = [name for name in ON_A_SLICE if not re.search("trainer|run|process|result|version", name)]
-
-
-def submit_to(cluster, folder):
     """Run the chapters on image and job with submit=True. Returns (exit code, all that was printed)."""
-    need("kubectl", "kubernetes-client")
     project = folder / "project"
     shutil.copytree(ROOT / "kubernetes", project / "kubernetes", dirs_exist_ok=True)
     save([CELLS[name].copy() for name in WITHOUT_TRAINING], project)
-    where = {"KUBECONFIG": cluster.kubeconfig(folder), "DOCKER_HOST": "unix:///nowhere"}
     arguments = ("notebooks/mnist.ipynb", folder / "out.ipynb", "-p", "submit", "True", "--log-output")
-    return run(project, "-m", "papermill", *arguments, **where)
+    return run(project, "-m", "papermill", *arguments, DOCKER_HOST="unix:///nowhere", **environment)
+
+
+def test_submitting_without_kubectl_stops_with_a_sentence(tmp_path):
+    code, output = submit_in(tmp_path, PATH="")
+    assert code == 1
+    assert "RuntimeError: submit is True, but there is no kubectl on this machine.\n" in output
+
+
+def test_submitting_without_a_cluster_stops_with_a_sentence(tmp_path):
+    need("kubectl", "kubernetes-client")
+    nowhere = write_kubeconfig(tmp_path, "http://127.0.0.1:9")  # nobody listens there
+    code, output = submit_in(tmp_path, KUBECONFIG=nowhere)
+    assert code == 1
+    (sentence,) = re.findall(r"^RuntimeError: (submit is True[^\n]+)$", output, re.MULTILINE)
+    assert "no cluster with PyTorchJobs answers: " in sentence and "127.0.0.1:9" in sentence
+
+
+def submit_to(cluster, folder):
+    need("kubectl", "kubernetes-client")
+    return submit_in(folder, KUBECONFIG=cluster.kubeconfig(folder))
 
 
 def test_a_submitted_job_is_followed_to_its_end_and_deleted_and_its_volume_stays(tmp_path):
@@ -388,9 +435,8 @@ def test_a_step_runs_only_when_submitting_and_stops_the_notebook_when_it_fails(t
 
 
 def save_small(folder, names, *more):
-    """Save these cells, and more, as the notebook of a small project; they write that project's trainer."""
+    """Save these cells, and more, as the notebook of a small project."""
     cells = {name: CELLS[name].copy() for name in names}
-    cells["trainer"].source = "%%writefile $TRAINER_FILE\n" + (folder / "mnist.py").read_text()
     cells["parameters"].source = cells["parameters"].source.replace("epochs: int = 5", "epochs: int = 2")
     save([*cells.values(), *map(nbformat.v4.new_code_cell, more)], folder)
 
@@ -472,7 +518,7 @@ def names_made_by(nodes):
 
 
 def test_percent_run_changes_no_variable_of_the_notebook():
-    trainer = ast.parse(body(CELLS["trainer"])).body
+    trainer = ast.parse((ROOT / "mnist.py").read_text()).body
     assigned = [part for node in trainer if isinstance(node, ast.Assign) for part in ast.walk(node)]
     exported = set(names_made_by([*trainer, *assigned]))
     plain = (TransformerManager().transform_cell(cell.source) for cell in CODE)
@@ -490,9 +536,10 @@ EXERCISES = {
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-def test_the_answer_to_an_exercise_works(name, small):
+def test_the_answer_to_an_exercise_works(name, tmp_path):
+    small = make_small_project(tmp_path / "project", train=4000)
     needed = [*ON_A_SLICE[: ON_A_SLICE.index("run-several-processes")], "load-the-data"]
-    imports = "import importlib, math, time\nimport mnist"
+    imports = "import importlib, math, shutil, subprocess, time\nimport mnist"
     save_small(small, needed, imports, CELLS["predict"].source, EXERCISES[name])
     code, output = run(small, "-m", "papermill", "notebooks/mnist.ipynb", "../out.ipynb", timeout=300)
     assert code == 0, output
@@ -618,19 +665,19 @@ def test_the_readme_links_to_every_chapter():
     assert links == [(title, title.replace(" ", "-")) for title in chapters]
 
 
-def test_the_tour_names_what_the_trainer_has():
+def test_the_map_names_what_the_trainer_has():
     import mnist
 
-    names = re.findall(r"\*\*([^*]+)\*\*", CELLS["tour"].source)
-    names = [name for group in names for name in re.findall(r"`([\w.]+)`", group)]
-    assert len(names) >= 8
-    for name in names:
-        thing = mnist
-        for part in name.split("."):
-            thing = getattr(thing, part)
-    trainer = (ROOT / "mnist.py").read_text()
-    for word in re.findall(r"`(\w+)`", CELLS["tour"].source):
-        assert word in trainer
+    names = re.findall(r"`(\w+)`", CELLS["map-of-the-trainer"].source)
+    assert len(names) >= 15
+    assert all(hasattr(mnist, name) for name in names)
+
+
+def test_a_picture_comes_within_the_first_three_cells_and_the_trainer_after_the_parameters():
+    assert any("show(figure" in cell.source for cell in CODE[:3])
+    order = [cell.id for cell in CODE]
+    assert order.index("untrained-loss") < order.index("parameters") < order.index(PARTS[0])
+    assert order[order.index("parameters") + 1] == "check-the-parameters"
 
 
 def test_cells_are_short():
@@ -639,9 +686,23 @@ def test_cells_are_short():
     }
     assert max(long.values()) <= 30
     assert sorted(long.values())[len(long) // 2] <= 10
+    assert long["check-the-parameters"] <= 15
 
 
 # --- The main job -------------------------------------------------------------------------------
+
+
+def watch_memory(process, seen):
+    """Note how much memory a process and its children hold together, shared pages once, while it runs."""
+    with suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid)
+        while process.poll() is None:
+            total = 0
+            for member in (family, *family.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    total += getattr(member.memory_full_info(), "pss", 0)  # which only Linux knows
+            seen.append(total)
+            time.sleep(0.2)
 
 
 @pytest.mark.timeout(2400)
@@ -658,10 +719,14 @@ def test_one_epoch_on_all_digits_headless_reads_at_least_98_percent(tmp_path):
     before = files_in(project)
 
     command = "papermill notebooks/mnist.ipynb out.ipynb -p epochs 1 --log-output --no-progress-bar"
+    memory = []
     with start(project, "-m", *command.split()) as process:
+        threading.Thread(target=watch_memory, args=(process, memory), daemon=True).start()
         arrived = [(line, time.monotonic()) for line in process.stdout]
     output = "".join(line for line, _ in arrived)
     assert process.returncode == 0, output
+
+    assert max(memory) < 2.8e9, "bytes: too much for a free Binder or a small pod"
 
     after = files_in(project)
     assert {name: after[name] for name in before} == before
