@@ -1,5 +1,6 @@
 # Two images: the trainer, which `docker build .` makes, and the tutorial in JupyterLab (--target notebook).
-# docs/containers.md tells how to build, run and change them.
+# docs/containers.md tells how to build, run and change them. Every file from outside gets its mode here, for
+# whoever runs an image must be able to read it, and the builder's umask may forbid that.
 
 ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE} AS python
@@ -8,26 +9,28 @@ WORKDIR /app
 ENV HOME=/tmp PYTHONUNBUFFERED=1
 
 # uv installs the packages, and stays out of the images. UV_DEFAULT_INDEX names another package index.
+# dumb-init is a single file, which goes into both.
 FROM python AS uv
 ARG UV_DEFAULT_INDEX
-RUN PIP_INDEX_URL="${UV_DEFAULT_INDEX}" pip install --no-cache-dir uv==0.13.8
+RUN PIP_INDEX_URL="${UV_DEFAULT_INDEX}" pip install --no-cache-dir uv==0.13.8 dumb-init==1.2.5.post1
 
 # PyTorch, in the build that UV_TORCH_BACKEND names: cpu is far smaller, and without it you get CUDA.
 # Byte-code is compiled now, for a user who is not root could not keep it.
 FROM python AS packages
+COPY --from=uv /usr/local/bin/dumb-init /usr/local/bin/
 ARG UV_DEFAULT_INDEX
 ARG UV_TORCH_BACKEND
 ARG REQUIREMENTS=docker/requirements.in
-COPY ${REQUIREMENTS} requirements.in
-COPY requirements.txt ./
+COPY --chmod=644 ${REQUIREMENTS} requirements.in
+COPY --chmod=644 requirements.txt ./
 RUN --mount=from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
     uv pip install --system --system-certs --no-cache --compile-bytecode \
     -r requirements.in -c requirements.txt && rm -f /tmp/uv-*.lock
 
-# The digits. The trainer checks them whenever it reads them.
+# The digits, packed for the notebook and unpacked for the trainer, with the sums by which it checks them.
 FROM python AS data
 COPY datasets datasets
-RUN gunzip datasets/MNIST/raw/*.gz
+RUN gunzip --keep datasets/MNIST/raw/*.gz && chmod -R u=rwX,go=rX datasets
 
 FROM packages AS notebook
 LABEL org.opencontainers.image.title="MNIST tutorial in JupyterLab" \
@@ -36,17 +39,19 @@ LABEL org.opencontainers.image.title="MNIST tutorial in JupyterLab" \
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends libtk8.6 && rm -rf /var/lib/apt/lists/*
 ARG UV_DEFAULT_INDEX
-COPY requirements.in ./
+COPY --chmod=644 requirements.in ./
 RUN --mount=from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
     uv pip install --system --system-certs --no-cache --compile-bytecode \
     -r requirements.in -c requirements.txt && rm -f /tmp/uv-*.lock
 COPY --from=data /app/datasets datasets
-COPY LICENSE mnist.py pytorchjob-mnist.yaml ./
-COPY notebooks/mnist.ipynb notebooks/draw.js notebooks/
 # The notebook writes the trainer and the manifest, so any user of group 0 may.
-RUN mkdir output && chmod g=u . output notebooks notebooks/mnist.ipynb mnist.py pytorchjob-mnist.yaml
+COPY --chmod=664 LICENSE mnist.py pytorchjob-mnist.yaml ./
+COPY --chmod=664 notebooks/mnist.ipynb notebooks/draw.js notebooks/
+RUN mkdir output && chmod 775 . output notebooks
 USER 1000:0
 EXPOSE 8888
+# Kernels and terminals come and go: an init buries those whose parent has died.
+ENTRYPOINT ["dumb-init", "--"]
 CMD ["jupyter", "lab", "--ip=0.0.0.0", "--no-browser"]
 
 FROM packages AS trainer
@@ -54,9 +59,11 @@ LABEL org.opencontainers.image.title="MNIST trainer" \
       org.opencontainers.image.licenses="Apache-2.0 AND CC-BY-SA-3.0"
 RUN install -d -m 775 output
 COPY --from=data /app/datasets datasets
-COPY LICENSE ./
+COPY --chmod=644 LICENSE ./
 # Last, for it changes most. A trainer of your own takes the place of mnist.py.
 ARG TRAINER=mnist.py
-COPY ${TRAINER} mnist.py
+COPY --chmod=644 ${TRAINER} mnist.py
 USER 1000:0
-ENTRYPOINT ["python", "mnist.py"]
+# The first process of a container is deaf to signals that it has not asked for, and inherits all orphans. So
+# it is an init. It passes signals on to the trainer alone, which knows what its own processes should do.
+ENTRYPOINT ["dumb-init", "--single-child", "--", "python", "mnist.py"]

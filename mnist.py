@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 import zipfile
-import zlib
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -32,12 +31,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.optim as optim
 from filelock import FileLock, Timeout
-from torch.distributed import elastic
-from torch.distributed.run import main as torchrun
 
 # --- The model ----------------------------------------------------------------------------------
 
@@ -48,8 +45,7 @@ MEAN, STD = 0.1307, 0.3081
 class Net(nn.Module):
     """Two convolutions and two linear layers: 1,199,882 parameters.
 
-    A state_dict fits that of PyTorch's own MNIST example (https://github.com/pytorch/examples/tree/main/mnist),
-    and the other way round; but this network normalises the images itself.
+    Its state_dict fits https://github.com/pytorch/examples/tree/main/mnist; but it normalises by itself.
     """
 
     def __init__(self):
@@ -80,11 +76,10 @@ FILES = [f"{whose}-{what}-ubyte" for whose in ("train", "t10k") for what in ("im
 
 
 def load_mnist(folder, device="cpu"):
-    """Read the four FILES in `folder`/MNIST/raw, all 55 MB, to `device`.
+    """Read the four FILES in `folder`/MNIST/raw, all 55 MB, to `device`. Raises OSError or ValueError.
 
     Returns (images, labels) of the training set and (images, labels) of the test set:
     images uint8 [60000 or 10000, 28, 28], labels int64 [60000 or 10000].
-    Raises OSError or ValueError with the name of a file that is missing or not what it should be.
     """
     raw = Path(folder, "MNIST", "raw")
     sums = find_sums(raw)
@@ -100,31 +95,33 @@ def read_idx(path, sha256):
     found = path if path.exists() else path.with_name(path.name + ".gz")
     try:
         contents = found.read_bytes() if found == path else gzip.decompress(found.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
+        shape = [int.from_bytes(contents[4 * i : 4 * i + 4], "big") for i in range(1, 1 + contents[3])]
+        data = torch.frombuffer(bytearray(contents), dtype=torch.uint8, offset=4 + 4 * len(shape)).view(shape)
+    except Exception as error:  # there are many ways to be damaged
         raise OSError(f"{found} is missing or damaged, put a good copy there ({error})") from error
     if hashlib.sha256(contents).hexdigest() != sha256:  # training on it would only learn worse
-        raise ValueError(f"{found} is damaged, SHA256SUMS says: delete it, or put a good copy there")
-    shape = [int.from_bytes(contents[4 * i : 4 * i + 4], "big") for i in range(1, 1 + contents[3])]
-    return torch.frombuffer(bytearray(contents), dtype=torch.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+        raise ValueError(f"{found} has another sum than in SHA256SUMS: put a good copy there, or mend it")
+    return data
 
 
 def find_sums(raw):
-    """Return the SHA-256 of each unpacked file by its name, from `raw`/SHA256SUMS, which sha256sum writes.
-
-    Without it the .gz files must be MNIST's own; where nothing is at all, they are downloaded. Nothing is
-    ever overwritten. Raises OSError or ValueError with what to do.
-    """
+    """Return the SHA-256 of each unpacked file by its name. Raises OSError or ValueError with what to do."""
     if (raw / "SHA256SUMS").exists():
         words = (raw / "SHA256SUMS").read_text().replace("*", " ").split()
         return dict(zip(words[1::2], words[::2], strict=False))
-    from torchvision.datasets import MNIST, utils  # takes a second, and is seldom needed
+    # Without that file, which sha256sum writes, all must be MNIST's own; where nothing is, it is downloaded.
+    from torchvision.datasets import MNIST, utils
 
     if not any(raw.glob("*-ubyte*")):
         logging.info(f"Downloading MNIST from {MNIST.mirrors[0]}")
         raw.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=raw.parent) as elsewhere:  # all files appear together
-            MNIST(elsewhere, download=True)
-            os.replace(Path(elsewhere, "MNIST", "raw"), raw)
+            try:
+                MNIST(elsewhere, download=True)
+            except RuntimeError as error:
+                raise OSError(f"cannot download MNIST, put its four .gz files in {raw} ({error})") from error
+            with suppress(OSError):  # another host was faster
+                os.replace(Path(elsewhere, "MNIST", "raw"), raw)
     if not all(utils.check_integrity(raw / archive, md5) for archive, md5 in MNIST.resources):
         raise ValueError(f"not all in {raw} is MNIST: for other data, `sha256sum *-ubyte > SHA256SUMS` there")
     unpacked = {name: gzip.decompress((raw / f"{name}.gz").read_bytes()) for name in FILES}
@@ -143,10 +140,7 @@ def epoch_order(samples, seed, epoch):
 
 
 def epoch_distortions(samples, seed, epoch):
-    """Return how an epoch turns, scales and moves each sample: float32 [samples, 2, 3].
-
-    By up to 10 degrees, 10 % and 2 pixels. Each maps places in the new image to places in the old one.
-    """
+    """Return float32 [samples, 2, 3], for F.affine_grid: up to 10°, 10 % of the size, 2 pixels each way."""
     generator = torch.Generator().manual_seed(random_seed("distortions", seed, epoch))
     amounts = 2 * torch.rand(4, samples, generator=generator) - 1  # from -1 to 1
     angle, scale = math.radians(10) * amounts[0], 1 + 0.1 * amounts[1]
@@ -201,16 +195,18 @@ class Trainer:
         self.job, self.device = job or Alone(), torch.device(device)
         torch.manual_seed(random_seed("weights", h.seed))
         # One network learns. The other one, an average over its last steps, is tested and kept.
-        self.learner, self.model = (Net().to(device, memory_format=torch.channels_last) for _ in range(2))
+        # (On a Mac's GPU, some versions of PyTorch misread weights in channels last: its issue 192212.)
+        layout = torch.contiguous_format if self.device.type == "mps" else torch.channels_last
+        self.learner, self.model = (Net().to(device, memory_format=layout) for _ in range(2))
         self.network = self.learner  # which Job wraps, to average gradients over its processes
         weights = self.learner.parameters()
         if h.optimizer == "adadelta":
-            self.optimizer = optim.Adadelta(weights, h.lr)
+            self.optimizer = torch.optim.Adadelta(weights, h.lr)
         else:
             # Weight decay draws all weights a little towards 0, so only those that pay stay large.
             nesterov = {"momentum": h.momentum, "nesterov": h.momentum > 0}
-            self.optimizer = optim.SGD(weights, h.lr, **nesterov, weight_decay=5e-4, fused=True)
-        self.scheduler = optim.lr_scheduler.ExponentialLR(self.optimizer, h.gamma)
+            self.optimizer = torch.optim.SGD(weights, h.lr, **nesterov, weight_decay=5e-4, fused=True)
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, h.gamma)
         self.steps = 0  # since the training began
         self.history = []  # a dict for each finished epoch: the lines of metrics.jsonl
         self.begin(epoch=1)
@@ -256,9 +252,8 @@ class Trainer:
         (loss * scale).backward()
         self.optimizer.step()
         # Each step goes a little astray, for it has seen one batch only; averaged, these errors cancel out.
-        # The 10 gives two thirds of the weight, 1 - 0.9 ** 10, to the last tenth of all steps
-        # (polynomial-decay averaging, https://proceedings.mlr.press/v28/shamir13.html).
-        average = optim.swa_utils.get_ema_multi_avg_fn(decay=self.steps / (10 + self.steps))
+        # Two thirds of the weight are with the last tenth (https://proceedings.mlr.press/v28/shamir13.html).
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay=self.steps / (10 + self.steps))
         average(list(self.model.parameters()), list(self.learner.parameters()), None)
         self.steps += 1
         return loss.detach()
@@ -285,6 +280,11 @@ def test(model, images, labels, batch_size=1000, job=None):
 # What a checkpoint holds besides the hyper-parameters: states, and how far the training has come.
 STATES = ("model", "learner", "optimizer", "scheduler")
 PROGRESS = ("epoch", "steps", "samples_seen", "loss_sum", "seconds", "history")
+
+
+def lacks_memory(error):
+    """Tell whether an exception is for want of memory. PyTorch has no class for all of these."""
+    return isinstance(error, MemoryError) or any(w in str(error).lower() for w in ("alloc", "out of memory"))
 
 
 def save(trainer, folder):
@@ -316,31 +316,38 @@ def write(path, contents, keep=None):
             os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {error.filename or path}: {error.strerror}") from error
 
 
-def load_checkpoint(folder):
-    """Return the newest good checkpoint in `folder`, or None where there is none at all.
+def claimed(folder):
+    """Make the output folder, and return a context in which other runs are kept out of it. Raises OSError."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return FileLock(Path(folder, ".lock"), timeout=0, mode=0o666).acquire()  # for all who may write here
+    except Timeout as error:
+        # Where a file system has no locks, the file itself is one, and tells its process and host.
+        who = " on ".join(Path(folder, ".lock").read_text().split()[:2])
+        advice = f". If {who} is gone, delete {folder}/.lock" if who else ""
+        raise OSError(f"another run writes to {folder}{advice}") from error
 
-    A damaged one is named and passed over. Raises ValueError if none is left, OSError if one is unreadable.
-    """
-    names = ("checkpoint.pt", "checkpoint.previous.pt")
-    found = [path for path in (Path(folder, name) for name in names) if path.exists()]
+
+def load_checkpoint(folder):
+    """Return the newest good checkpoint, or None. Raises ValueError if all are damaged, OSError."""
+    found = [Path(folder, n) for n in ("checkpoint.pt", "checkpoint.previous.pt") if n in os.listdir(folder)]
     for path in found:
         try:
-            contents = path.read_bytes() if path.is_file() else b""
+            contents = b"" if path.is_dir() else path.read_bytes()
             # torch.load does not look at the checksums, zipfile does; weights_only runs no code in the file.
             if damaged := zipfile.ZipFile(io.BytesIO(contents)).testzip():
                 raise ValueError(f"wrong checksum of {damaged}")
             checkpoint = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
-            for part, names in (("progress", PROGRESS), ("hyperparameters", asdict(Hyperparameters()))):
-                if checkpoint.get(part, {}).keys() != set(names):
+            for part, keys in (("progress", PROGRESS), ("hyperparameters", asdict(Hyperparameters()))):
+                if checkpoint.get(part, {}).keys() != set(keys):
                     raise ValueError("it is another program's, or another version's")
-        except (OSError, MemoryError) as error:
-            raise OSError(f"cannot read {path}: {error}") from error
         except Exception as error:
+            if isinstance(error, OSError) or lacks_memory(error):
+                raise OSError(f"cannot read {path}: {error}") from error
             logging.warning(f"{path} is not a good checkpoint ({repr(error)[:200]}): passed over")
             continue
         if path != found[0]:  # or the next save would move it over the good one
@@ -365,15 +372,13 @@ def resume(trainer, folder):
         for name in STATES:
             getattr(trainer, name).load_state_dict(checkpoint[name])
     except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the checkpoint in {folder} does not fit this model: {reason}") from error
+        raise ValueError(f"the checkpoint in {folder} does not fit this model: {error}") from error
     vars(trainer).update(checkpoint["progress"])
     trainer.loss_sum *= trainer.job.rank == 0  # which has that of all
     logging.info(f"Resuming in epoch {trainer.epoch} after {trainer.samples_seen} samples")
+    trainer.optimizer._opt_called = True  # or the scheduler warns of a step that it has not seen
     if (then := checkpoint["world_size"]) != now:
-        logging.info(
-            f"{then} process(es) before, {now} now: batches have another size, so results will differ"
-        )
+        logging.info(f"{then} process(es) before, {now} now: batches differ in size, so results will differ")
 
 
 # --- The processes ------------------------------------------------------------------------------
@@ -400,7 +405,7 @@ class Job(Alone):
     world_size: int = 1  # the number of all processes
     local_rank: int = 0  # the number of this process among those of this machine
     asked_to_stop: bool = False
-    question: tuple | None = None  # the last sum that says who was asked to stop, and its arrival
+    pending: tuple | None = None  # how many were asked to stop: the sum before, and its Work
 
     @classmethod
     def from_environment(cls):
@@ -417,25 +422,22 @@ class Job(Alone):
     @contextmanager
     def connected(self, backend, timeout):
         """Connect the processes; from then on, SIGTERM and Ctrl-C ask to stop. Raises ConnectionError."""
-        handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
         try:
             if self.world_size > 1:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would wait for the meeting
                 self.meet(backend, timedelta(seconds=timeout))
-            for name in handlers:  # Kubernetes sends SIGTERM before it takes a pod away, SIGKILL 30 s later
-                signal.signal(name, lambda *_: vars(self).update(asked_to_stop=True))
+            for name in (signal.SIGTERM, signal.SIGINT):  # Kubernetes sends SIGTERM, and SIGKILL 30 s later
+                signal.signal(name, lambda *_: setattr(self, "asked_to_stop", True))
             yield
         except RuntimeError as error:
-            if self.world_size == 1 or "allocate" in str(error):  # the others cannot help a want of memory
+            if self.world_size == 1 or lacks_memory(error):  # which is not the others' fault
                 raise
             if dist.is_initialized():
                 dist.group.WORLD.abort()  # nccl would wait for the lost one before it lets go
             who = "rank {rank} of {world_size} (meeting at {MASTER_ADDR}:{MASTER_PORT})"
-            who = who.format(**vars(self), **os.environ)
+            who = who.format(**os.environ | vars(self))
             raise ConnectionError(f"{who} failed, or lost another: {str(error).splitlines()[0]}") from error
         finally:
-            for name, handler in handlers.items():
-                signal.signal(name, handler)
             if dist.is_initialized():
                 dist.destroy_process_group()
                 time.sleep(0.1)  # or gloo lets go of its last tensor when Python has ended, and crashes
@@ -452,8 +454,7 @@ class Job(Alone):
     def distribute(self, model):
         """Return the model such that its gradients are averaged over all processes."""
         shared = nn.parallel.DistributedDataParallel(model)
-        # The first backward pass settles the order in which gradients are added up. Its gradients are
-        # thrown away, or a resumed run would add in another order than the one that it resumes.
+        # A first pass, which is no step, settles the order of adding gradients: the same after --resume.
         shared(torch.zeros(1, 28, 28, device=model.fc1.weight.device)).sum().backward()
         return shared
 
@@ -469,9 +470,9 @@ class Job(Alone):
         asked = torch.tensor(float(self.asked_to_stop))
         if self.world_size > 1:
             # Summed up while a step computes, it is read before the next. (The first has none before it.)
-            question = asked, dist.all_reduce(asked, async_op=True)
-            (asked, arrival), self.question = self.question or question, question
-            arrival.wait()
+            sent = asked, dist.all_reduce(asked, async_op=True)
+            (asked, work), self.pending = self.pending or sent, sent
+            work.wait()
         if asked:
             raise Stopped
 
@@ -509,46 +510,58 @@ def settle_in():
     torch.set_num_threads(min(torch.get_num_threads(), count_processors()))
     with suppress(AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.prctl(1, signal.SIGTERM if "LOCAL_RANK" in os.environ else 0)  # PR_SET_PDEATHSIG
+        if "LOCAL_RANK" in os.environ:
+            libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         # glibc would give memory back after each step, to get it again page by page: a tenth of a step's time
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no pieces of their own for large tensors
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the end of the heap given back
 
 
-def launch(processes, argv):
-    """Start this file by torchrun, if it is to. Returns the exit code, or None. Raises ValueError, OSError.
+@contextmanager
+def state_restored():
+    """Put variables and signal handlers back in the end: after %run, a notebook lives on."""
+    env, numbers = dict(os.environ), (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(env)
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+        logging.disable(logging.NOTSET)
+        logging.getLogger().handlers.clear()
 
-    Kubeflow's operators set torchrun's options, PET_…; pods of a plain PyTorchJob have a RANK and need none.
-    """
-    env, each = os.environ, os.environ.get("PET_NPROC_PER_NODE", "auto")
+
+def launch(processes, argv):
+    """Start this file by torchrun, if need be. Returns the exit code, or None. Raises ValueError, OSError."""
+    # Kubeflow's operators set torchrun's options, PET_…; but a plain PyTorchJob's pods have a RANK instead.
+    env, each = os.environ, os.environ.get("PET_NPROC_PER_NODE", "1")
     in_pods = each not in ("auto", "1") or ("PET_NNODES" in env and "RANK" not in env)
     if "LOCAL_RANK" in env or (processes == 1 and not in_pods):
         return None
     if processes > 1 and (in_pods or "RANK" in env):
         raise ValueError("--num-processes is for one machine: here a job says how many processes a pod has")
-    # By localhost, for a machine's own name may be unknown to it, in a container for example.
-    options = ["--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}"]
+    options = ["--standalone", f"--nproc-per-node={processes}"]
+    if "PET_NNODES" not in env:  # so it is this machine, whose own name may be unknown to it, in a container
+        env.setdefault("PET_LOCAL_ADDR", "localhost")
     each = processes if processes > 1 else int(each) if each.isdecimal() else count_processors()
     env.setdefault("OMP_NUM_THREADS", str(max(1, count_processors() // max(1, each))))
     # Not SIGHUP, which nohup ignores. (PyTorch 2.9 does not look here yet, and stops at a hang-up.)
     env.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     logging.disable()  # of torchrun, which would add a page to the one line of a process that failed
     try:
-        torchrun([*(options if processes > 1 else []), __file__, *argv])
-    except elastic.multiprocessing.SignalException:
+        dist.run.main([*(options if processes > 1 else []), __file__, *argv])
+    except dist.elastic.multiprocessing.SignalException:
         return 143
-    except elastic.multiprocessing.errors.ChildFailedError as error:
+    except dist.elastic.multiprocessing.errors.ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
             return failure.exitcode
         why = " (often, memory has run out)" if failure.exitcode == -signal.SIGKILL else ""
         raise ChildProcessError(f"process {rank} was ended by {failure.signal_name()}{why}") from error
-    except (elastic.rendezvous.RendezvousError, AssertionError, RuntimeError, ValueError) as error:
-        raise ConnectionError(
-            f"the processes did not meet, or a variable PET_… is wrong: {error!r}"
-        ) from error
-    finally:
-        logging.disable(logging.NOTSET)
+    except (dist.elastic.rendezvous.RendezvousError, AssertionError, RuntimeError, ValueError) as error:
+        raise ConnectionError(f"they did not meet, or a variable PET_… is wrong: {error!r}") from error
     return 0
 
 
@@ -613,22 +626,24 @@ def run_epoch(trainer, training_set, test_set, args, folder):
     clock = time.perf_counter() - trainer.seconds
     for step, loss in enumerate(trainer.train(*training_set), trainer.samples_seen // batch_size):
         trainer.seconds = time.perf_counter() - clock
-        if step % args.log_interval == 0:
+        if step % args.log_interval == 0 and trainer.job.rank == 0:
             logging.info(f"Epoch: {trainer.epoch} ({step / steps:6.1%}) - Loss: {loss.item()}")
         if args.checkpoint_interval and (step + 1) % args.checkpoint_interval == 0:
             save(trainer, folder)
     (loss_sum,) = trainer.job.sum(float(trainer.loss_sum))  # which is read: all steps are done
-    trainer.seconds = time.perf_counter() - clock
+    trainer.seconds = seconds = time.perf_counter() - clock
     loss, correct = test(trainer.model, *test_set, args.test_batch_size, trainer.job)
+    if not math.isfinite(both := loss_sum + loss):
+        raise FloatingPointError(f"in epoch {trainer.epoch}, the loss is {both}: try a smaller --lr")
     accuracy = correct / len(test_set[0])
     logging.info(f"Test accuracy: {correct}/{len(test_set[0])} ({accuracy:6.1%})")
-    # Katib, which tunes hyper-parameters, looks for lines of this form.
-    logging.info(f"loss={loss:.4f}")
+    logging.info(f"loss={loss:.4f}")  # in a form that Katib, which tunes hyper-parameters, looks for
     logging.info(f"accuracy={accuracy:.4f}")
     metrics = {"epoch": trainer.epoch, "train_loss": loss_sum / trainer.samples_seen, "test_loss": loss}
     metrics |= {"accuracy": accuracy, "learning_rate": trainer.scheduler.get_last_lr()[0]}
-    metrics |= {"seconds": trainer.seconds, "samples_per_second": trainer.samples_seen / trainer.seconds}
-    trainer.history.append(metrics)
+    trainer.history.append(
+        metrics | {"seconds": seconds, "samples_per_second": trainer.samples_seen / seconds}
+    )
     trainer.scheduler.step()
     trainer.begin(trainer.epoch + 1)
     save(trainer, folder)
@@ -638,19 +653,6 @@ def give_up(record):
     """End the program where its log cannot be written: to a closed pipe, for example, or a full disk."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try once more in the end
     raise
-
-
-def claimed(folder):
-    """Make the output folder, and return a context in which other runs are kept out of it. Raises OSError."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return FileLock(Path(folder, ".lock"), timeout=0, mode=0o666).acquire()  # for all who may write here
-    except Timeout as error:
-        # Where a file system has no locks, the file itself is one, and tells its process and host.
-        who = " on ".join(Path(folder, ".lock").read_text().split()[:2]) or "unknown"
-        raise OSError(
-            f"another run writes to {folder}. If it is gone ({who}), delete {folder}/.lock"
-        ) from error
 
 
 def run(args, job):
@@ -664,10 +666,10 @@ def run(args, job):
     )
     if job.local_rank == 0:
         find_sums(Path(args.data_dir, "MNIST", "raw"))  # which may download, before the processes meet
-    # Gradients are added up on the GPUs, the few numbers in Job.sum on the CPUs.
-    backends = f"cpu:gloo,{device.type}:{backend}" if backend in ("nccl", "xccl") else backend
+    mixed = device.type != "cpu" and backend not in ("gloo", "mpi")  # gradients on GPUs, Job.sum on CPUs
+    backends = f"cpu:gloo,{device.type}:{backend}" if mixed else backend
     folder = None if args.dry_run else args.output_dir
-    writes = folder and job.rank == 0
+    writes = folder is not None and job.rank == 0
     with job.connected(backends, args.timeout), claimed(folder) if writes else nullcontext():
         training_set, test_set = load_mnist(args.data_dir, device)
         if args.dry_run:
@@ -678,7 +680,7 @@ def run(args, job):
         if job.world_size > 1:
             logging.info(f"Using distributed PyTorch with {backend} backend")
             trainer.network = job.distribute(trainer.learner)
-        if args.resume and folder:
+        if args.resume and not args.dry_run:
             resume(trainer, folder)
         try:
             while trainer.epoch <= args.epochs:
@@ -694,25 +696,23 @@ def run(args, job):
 
 def main(argv=None):
     """Do what the command line `argv` says (default: the one this program was started with)."""
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_arguments(argv)
-    # Standard output, because notebooks paint standard error pink; force, because %run is repeated.
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    logging.getLogger().handlers[0].handleError = give_up
+    args = parse_arguments(argv := sys.argv[1:] if argv is None else argv)
     try:
-        if (code := launch(args.num_processes, argv)) is not None:
-            sys.exit(code)
-        job = Job.from_environment()
-        logging.disable(logging.INFO if job.rank > 0 else logging.NOTSET)
-        run(args, job)
-    except (ArithmeticError, OSError, ValueError) as error:
-        sys.exit(f"mnist.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("mnist.py: interrupted before the training began")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        with state_restored():
+            # Standard output, as notebooks paint standard error pink; force, because they had a log before.
+            logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+            logging.getLogger().handlers[0].handleError = give_up
+            if (code := launch(args.num_processes, argv)) is not None:
+                sys.exit(code)
+            job = Job.from_environment()
+            logging.disable(logging.INFO if job.rank > 0 else logging.NOTSET)
+            run(args, job)
+    except (Exception, KeyboardInterrupt) as error:
+        if lacks_memory(error):
+            sys.exit(f"mnist.py: memory does not suffice, try a smaller --batch-size ({error})")
+        if not isinstance(error, (ArithmeticError, KeyboardInterrupt, OSError, ValueError)):
             raise
-        sys.exit(f"mnist.py: memory does not suffice, try a smaller --batch-size ({error})")
+        sys.exit("mnist.py: " + (" ".join(str(error).split()) or "interrupted"))
 
 
 if __name__ == "__main__":

@@ -100,6 +100,9 @@ def list_of(items):
 
 
 TEXT = {"type": "string", "minLength": 1}
+# As Kubernetes' own IsDomainPrefixedPath has it.
+LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+WITH_DOMAIN = {"type": "string", "pattern": rf"^{LABEL}(\.{LABEL})*/[A-Za-z0-9/\-._~%!$&'()*+,;=:]+$"}
 COUNT = {"type": "integer", "minimum": 1}
 FROM_ZERO = {"type": "integer", "minimum": 0}
 OBJECT = {"type": "object"}
@@ -154,7 +157,6 @@ TRAINJOB_SPEC = fields(
         "numNodes",
         "numProcPerNode",
         "image",
-        "command",
         "args",
         "resourcesPerNode",
         numNodes=COUNT,
@@ -166,7 +168,7 @@ TRAINJOB_SPEC = fields(
         resourcesPerNode=fields("requests", "limits", requests=OBJECT, limits=OBJECT),
     ),
     runtimePatches=list_of(
-        fields("manager", "trainingRuntimeSpec", manager=TEXT, trainingRuntimeSpec=RUNTIME_PATCH)
+        fields("manager", "trainingRuntimeSpec", manager=WITH_DOMAIN, trainingRuntimeSpec=RUNTIME_PATCH)
     ),
 )
 METRIC = one_of("accuracy", "loss")  # what mnist.py prints
@@ -389,13 +391,18 @@ THREADS = {"name": "OMP_NUM_THREADS", "valueFrom": {"resourceFieldRef": {"resour
 NEW_STORE = {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"}
 
 
-def trainer_problems(at, trainer, torchrun):
-    """Yield what is wrong with how mnist.py is started: `trainer` is its container, or a TrainJob's."""
-    command = trainer.get("command", ["python", "mnist.py"])  # the image's own
-    if command not in (["python", "mnist.py"], ["torchrun", "mnist.py"]):
+def trainer_problems(at, trainer, wrapped=False):
+    """Yield what is wrong with how mnist.py is started: `trainer` is its container, or a TrainJob's.
+
+    Only a command that Katib wraps must be named. The image's own starts an init first.
+    """
+    command = trainer.get("command")
+    if command is None and wrapped:
+        yield f"{at}.command: is missing: Katib has to wrap it"
+    elif command is not None and not wrapped:
+        yield f"{at}.command: must not be there: the image starts mnist.py, which starts torchrun if need be"
+    elif command not in (None, ["python", "mnist.py"]):
         yield f"{at}.command: {command} starts something else than mnist.py"
-    elif torchrun and command[0] != "torchrun":
-        yield f"{at}.command: must be [torchrun, mnist.py], or the processes do not find each other"
     if THREADS not in trainer.get("env", []):
         yield f"{at}.env: OMP_NUM_THREADS must be limits.cpu, or each CPU of the node gets a thread"
     try:
@@ -441,7 +448,7 @@ def folder_problems(at, args, spec, i, writes):
 # --- The rules of each kind ---------------------------------------------------------------------
 
 
-def pytorchjob_problems(job, at="spec"):
+def pytorchjob_problems(job, at="spec", wrapped=False):
     spec = job["spec"]
     replicas, elastic = spec["pytorchReplicaSpecs"], spec.get("elasticPolicy")
     specs = f"{at}.pytorchReplicaSpecs"
@@ -460,7 +467,6 @@ def pytorchjob_problems(job, at="spec"):
     pods = sum(replica["replicas"] for replica in replicas.values())
     if spec["runPolicy"]["backoffLimit"] <= pods:
         yield f"{at}.runPolicy.backoffLimit: must be above {pods}: one lost pod makes all of them restart"
-    torchrun = bool(elastic) or spec["nprocPerNode"] != "1"
     first = {}
     for name, replica in replicas.items():
         pod, where = replica["template"]["spec"], f"{specs}.{name}.template.spec"
@@ -476,7 +482,7 @@ def pytorchjob_problems(job, at="spec"):
             if container.get(field) != first.setdefault(field, container.get(field)):
                 yield f"{where}.containers[{i}].{field}: is not the master's: all must train alike"
         yield from resource_problems(f"{where}.containers[{i}].resources", container.get("resources", {}))
-        yield from trainer_problems(f"{where}.containers[{i}]", container, torchrun)
+        yield from trainer_problems(f"{where}.containers[{i}]", container, wrapped)
         if elastic and NEW_STORE not in container.get("env", []):
             yield f"{where}.containers[{i}].env: {NEW_STORE['name']} must be 1, or a restart finds ghosts"
         writes = name == "Master" or elastic  # an elastic job's writer may be any worker
@@ -496,7 +502,7 @@ def elastic_problems(at, elastic, replicas):
 def trainjob_problems(job):
     trainer, at = job["spec"]["trainer"], "spec.trainer"
     yield from resource_problems(f"{at}.resourcesPerNode", trainer["resourcesPerNode"])
-    yield from trainer_problems(at, trainer, torchrun=trainer["numNodes"] * trainer["numProcPerNode"] > 1)
+    yield from trainer_problems(at, trainer)
     for i, variable in enumerate(trainer.get("env", [])):
         if variable["name"].startswith("PET_"):
             yield f"{at}.env[{i}].name: {variable['name']} is the operator's to set"
@@ -542,22 +548,12 @@ def experiment_problems(experiment):
     if given != used:
         yield f"{at}.trialParameters: {sorted(given)} are given, but {sorted(used)} used"
         return
-    found = [
-        p for b in ("min", "max") for p in pytorchjob_problems(trial(experiment, b), f"{at}.trialSpec.spec")
-    ]
-    if found:
-        yield from found
-        return
-    for name, replica in template["trialSpec"]["spec"]["pytorchReplicaSpecs"].items():
+    for bound in ("min", "max"):
+        yield from pytorchjob_problems(trial(experiment, bound), f"{at}.trialSpec.spec", wrapped=True)
+    for replica in template["trialSpec"]["spec"]["pytorchReplicaSpecs"].values():
         containers = replica["template"]["spec"]["containers"]
         if template["primaryContainerName"] not in [container["name"] for container in containers]:
             yield f"{at}.primaryContainerName: no container has it"
-        for i, container in enumerate(containers):
-            if "command" not in container:
-                where = (
-                    f"{at}.trialSpec.spec.pytorchReplicaSpecs.{name}.template.spec.containers[{i}].command"
-                )
-                yield f"{where}: is missing: Katib has to wrap it"
 
 
 def trial(experiment, bound):

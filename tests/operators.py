@@ -65,7 +65,7 @@ def trainjob_pods(job):
     (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
     spec = node["template"]["spec"]["template"]["spec"]
     (container,) = spec["containers"]
-    container |= {field: trainer[field] for field in ("image", "command", "args", "env")}
+    container |= {field: trainer[field] for field in ("image", "command", "args", "env") if field in trainer}
     container["resources"] = trainer["resourcesPerNode"]
     names = [f"{name}-node-0-{index}" for index in range(trainer["numNodes"])]
     return [

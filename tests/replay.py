@@ -25,6 +25,7 @@ from tests.manifests import quantity
 from tests.operators import pods_of, state_of
 
 RESTART_AFTER = 1  # seconds; a kubelet waits longer each time, from 10 seconds to 5 minutes
+TIDY_AFTER = 2  # seconds, until the operator hears of the end: by then the workers have left by themselves
 
 
 def dockerfile(instruction):
@@ -86,6 +87,7 @@ class Replay(Network):
         """Go on to the end of the job, and tidy up as its cleanPodPolicy says. Returns the job's state."""
         state = self.run_until("\0", timeout)
         if self.manifest["spec"].get("runPolicy", {}).get("cleanPodPolicy", "None") != "None":
+            time.sleep(TIDY_AFTER)
             for pod in self.pods:
                 pod.process.terminate()  # runc hands it on
             for pod in self.pods:
@@ -164,7 +166,8 @@ class RunningPod:
         pod, container, safety = self.pod.spec, self.pod.container, self.pod.container["securityContext"]
         limits = container["resources"]["limits"]
         user = pod["securityContext"]
-        arguments = container.get("command", json.loads(dockerfile("ENTRYPOINT"))) + container.get("args", [])
+        entry_point = json.loads(dockerfile("ENTRYPOINT"))  # its init is looked for beside this Python
+        arguments = container.get("command", entry_point) + container.get("args", [])
         namespaces = [{"type": kind} for kind in ("mount", "pid", "uts", "ipc")]
         namespaces.append({"type": "network", "path": f"/run/netns/{self.host.name}"})
         return {

@@ -1,7 +1,10 @@
 """The committed manifests, run as their operators would run them, on real digits: see replay.py."""
 
 import json
+import os
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +27,7 @@ TRAIN, TEST = 400, 200
 def project(tmp_path_factory):
     need_hosts()
     need("runc", "runc")
+    need(Path(sys.executable).with_name("dumb-init"), "the packages of requirements-dev.txt")
     return make_small_project(tmp_path_factory.mktemp("job") / "project", TRAIN, TEST)
 
 
@@ -101,14 +105,41 @@ def test_a_job_that_loses_a_worker_goes_on_from_the_checkpoint_and_succeeds(path
         assert weights(job.claim()) == weights(uninterrupted.claim())
 
 
+SHORT = ["--epochs", "1", "--resume", "--output-dir", "/output", "--save-model", "--batch-size", "16"]
+
+
 def test_two_processes_a_pod_make_a_world_of_six(project):
-    args = ["--epochs", "1", "--resume", "--output-dir", "/output", "--save-model"]
-    manifest = on_one_cpu(load(PLAIN), command=["torchrun", "mnist.py"], args=args)
+    manifest = on_one_cpu(load(PLAIN), args=SHORT)
     with Replay(change(manifest, "spec.nprocPerNode", "2"), project) as job:
         assert job.run() == "Succeeded", job.log
         assert {pod.pod.variables["WORLD_SIZE"] for pod in job.pods} == {"6"}
     assert job.log.count("Started by torchrun: rank 0 of 6, ") == 1
     check_results(job, epochs=1)
+
+
+@pytest.mark.parametrize("processes", [1, 2, "auto"])
+def test_a_trainjob_of_one_node_has_as_many_processes_as_it_asks_for(project, processes):
+    """Its pod has nothing but PET_… to go by; without a GPU, auto is one for each CPU of the machine."""
+    manifest = change(on_one_cpu(load(TRAINJOB), args=SHORT), "spec.trainer.numNodes", 1)
+    with Replay(change(manifest, "spec.trainer.numProcPerNode", processes), project) as job:
+        assert all(name.startswith("PET_") for pod in job.pods for name in pod.pod.variables)
+        assert job.run() == "Succeeded", job.log
+    world = os.cpu_count() if processes == "auto" else processes
+    assert job.log.startswith(f"Started by torchrun: rank 0 of {world}, "), job.log
+    check_results(job, epochs=1)
+
+
+@pytest.mark.parametrize("path", [PLAIN, ELASTIC, TRAINJOB], ids=lambda path: path.stem)
+def test_a_job_that_is_deleted_saves_and_each_of_its_pods_ends_with_143(path, project):
+    with Replay(on_one_cpu(load(path)), project) as job:
+        assert job.run_until("Epoch: 2 ") == "Running", job.log
+        for pod in job.pods:
+            pod.process.terminate()  # runc hands it on to the init
+        for pod in job.pods:
+            pod.wait_or_kill()
+    assert [pod.process.returncode for pod in job.pods] == [143] * 3, job.log
+    assert job.log.count("Stopped by a signal") == 1 and "Traceback" not in job.log, job.log
+    assert (job.claim() / "checkpoint.pt").exists()
 
 
 def test_a_trial_of_the_experiment_runs_and_katib_reads_its_log(project):

@@ -89,6 +89,27 @@ def test_the_job_and_its_variants_train_alike():
     assert resources == [container(trial(load(EXPERIMENT), "min"))["resources"]] * 3
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        (JOB, "spec.nprocPerNode", "2"),
+        (ELASTIC, "spec.nprocPerNode", "2"),
+        (TRAINJOB, "spec.trainer.numProcPerNode", 2),
+    ],
+    ids=lambda value: getattr(value, "stem", None),
+)
+def test_several_processes_a_pod_are_the_change_of_one_number(path, field, value):
+    assert problems(change(load(path), field, value)) == []
+
+
+def test_katib_alone_is_told_how_the_trainer_starts():
+    assert [path for path in FILES if '"command"' in json.dumps(load(path))] == [EXPERIMENT]
+    entry_point = json.loads(
+        re.findall("^ENTRYPOINT (.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[-1]
+    )
+    assert container(trial(load(EXPERIMENT), "min"))["command"] == entry_point[entry_point.index("--") + 1 :]
+
+
 def test_every_claim_that_a_pod_mounts_is_the_one_in_kubernetes():
     names = re.findall(r"claimName: (\S+)", "\n".join(path.read_text() for path in FILES))
     assert names == [load(CLAIM)["metadata"]["name"]] * 3
@@ -150,7 +171,6 @@ BROKEN_JOB = {
     "field in the wrong place": ("spec.backoffLimit", 3),
     "processes per pod as a number": ("spec.nprocPerNode", 1),
     "a process per CPU of the node": ("spec.nprocPerNode", "auto"),
-    "two processes per pod without torchrun": ("spec.nprocPerNode", "2", f"{BOX}.command"),
     "clean-up policy unknown": ("spec.runPolicy.cleanPodPolicy", "Sometimes"),
     "no clean-up policy": ("spec.runPolicy.cleanPodPolicy", GONE),
     "back-off limit as text": ("spec.runPolicy.backoffLimit", "16"),
@@ -176,7 +196,7 @@ BROKEN_JOB = {
     "container with another name": (f"{BOX}.name", "trainer"),
     "no image": (f"{BOX}.image", GONE),
     "workers with another image": (f"{WORKER_BOX}.image", "mnist-trainer:0.9"),
-    "something else started": (f"{BOX}.command", ["bash", "-c", "python mnist.py"]),
+    "started without the image's init": (f"{BOX}.command", ["python", "mnist.py"]),
     "argument that is no text": (f"{BOX}.args[1]", 15),
     "flag misspelt": (f"{BOX}.args[0]", "--epoch", f"{BOX}.args"),
     "value that the trainer refuses": (f"{BOX}.args[1]", "0", f"{BOX}.args"),
@@ -213,16 +233,20 @@ BROKEN_ELASTIC = {
     "no worker at least": ("spec.elasticPolicy.minReplicas", 0),
     "more workers than at most": (f"{WORKER}.replicas", 4),
     "unknown way to meet": ("spec.elasticPolicy.rdzvBackend", "redis"),
-    "python in torchrun's place": (f"{WORKER_BOX}.command", ["python", "mnist.py"]),
+    "torchrun as of old": (f"{WORKER_BOX}.command", ["torchrun", "mnist.py"]),
     "old addresses after a restart": (f"{WORKER_BOX}.env[1]", GONE, f"{WORKER_BOX}.env"),
     "never restarted by torchrun": ("spec.elasticPolicy.maxRestarts", GONE),
 }
 
 TRAINER = "spec.trainer"
+MANAGER = "spec.runtimePatches[0].manager"
 PATCH = "spec.runtimePatches[0].trainingRuntimeSpec.template.spec.replicatedJobs[0]"
 PATCH_POD = f"{PATCH}.template.spec.template"
 BROKEN_TRAINJOB = {
-    "python in torchrun's place": (f"{TRAINER}.command", ["python", "mnist.py"]),
+    "torchrun as of old": (f"{TRAINER}.command", ["torchrun", "mnist.py"]),
+    "manager without a domain": (MANAGER, "mnist-tutorial"),
+    "manager that is a domain alone": (MANAGER, "example.com/"),
+    "manager in a domain in capitals": (MANAGER, "Example.com/mnist-tutorial"),
     "processes per node as text": (f"{TRAINER}.numProcPerNode", "1"),
     "number of nodes as in version 1": (f"{TRAINER}.replicas", 3),
     "runtime unknown": ("spec.runtimeRef.name", "pytorch"),
@@ -251,6 +275,7 @@ BROKEN_EXPERIMENT = {
         f"{TRIALS}.primaryPodLabels",
     ),
     "command left to the image": (f"{TRIAL_BOX}.command", GONE),
+    "something else started": (f"{TRIAL_BOX}.command", ["bash", "-c", "python mnist.py"]),
     "more trials at once than at all": ("spec.parallelTrialCount", 20),
     "trials that share a checkpoint": (f"{TRIAL_BOX}.args[6]", "--resume", f"{TRIAL_BOX}.args"),
 }
