@@ -122,8 +122,8 @@ def find_sums(raw):
                 raise OSError(f"cannot download MNIST, put its four .gz files in {raw} ({error})") from error
             with suppress(OSError):  # another host was faster
                 os.replace(Path(elsewhere, "MNIST", "raw"), raw)
-    if not all(utils.check_integrity(raw / archive, md5) for archive, md5 in MNIST.resources):
-        raise ValueError(f"not all in {raw} is MNIST: for other data, `sha256sum *-ubyte > SHA256SUMS` there")
+    if bad := [raw / name for name, md5 in MNIST.resources if not utils.check_integrity(raw / name, md5)]:
+        raise ValueError(f"{bad[0]} is not MNIST's: for other data, `sha256sum *-ubyte > SHA256SUMS` there")
     unpacked = {name: gzip.decompress((raw / f"{name}.gz").read_bytes()) for name in FILES}
     return {name: hashlib.sha256(contents).hexdigest() for name, contents in unpacked.items()}
 

@@ -1,10 +1,13 @@
-"""The command line: strict, documented, and a sentence for every mistake."""
+"""The command line and a launcher's variables: strict, documented, and a sentence for every mistake."""
 
 import os
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, clean_environment, need, run
 
 import mnist
 
@@ -28,7 +31,7 @@ def test_defaults_are_those_of_the_plan():
         "epochs": 5, "batch_size": 64, "test_batch_size": 1000, "optimizer": "sgd", "lr": 0.07,
         "gamma": 0.75, "momentum": 0.9, "label_smoothing": 0.1, "augment": True, "bf16": False, "seed": 1,
         "log_interval": 10, "no_cuda": False, "backend": None, "num_processes": 1, "data_dir": "datasets",
-        "output_dir": "output", "resume": False, "checkpoint_interval": 0, "timeout": 60,
+        "output_dir": "output", "resume": False, "checkpoint_interval": None, "timeout": 60,
         "save_model": False, "dry_run": False,
     }  # fmt: skip
     assert mnist.parse_arguments(["--optimizer", "adadelta"]).lr == 1.0
@@ -41,7 +44,7 @@ BAD_VALUES = {
     "--test-batch-size": ["0"],
     "--log-interval": ["0", "-1"],
     "--num-processes": ["0", "two"],
-    "--checkpoint-interval": ["-1", "1e3"],
+    "--checkpoint-interval": ["0", "-1", "1e3"],
     "--timeout": ["0", "-5", "86401", "inf"],
     "--seed": ["1.5", "one"],
     "--lr": ["0", "-1", "nan", "inf", "fast"],
@@ -58,7 +61,8 @@ def test_a_bad_value_is_refused_with_the_value_and_what_is_right(refuse, flag, v
 
 
 def test_every_flag_that_takes_a_number_is_tried_with_bad_ones():
-    numbers = [name for name, value in vars(mnist.parse_arguments([])).items() if type(value) in (int, float)]
+    args = vars(mnist.parse_arguments(["--checkpoint-interval", "9"]))
+    numbers = [name for name, value in args.items() if type(value) in (int, float)]
     assert {"--" + name.replace("_", "-") for name in numbers} == set(BAD_VALUES)
 
 
@@ -86,26 +90,158 @@ def test_bad_usage_ends_the_program_with_code_2(small):
     assert not (small / "output").exists()
 
 
+def test_a_learner_may_leave_the_doc_strings_out(small):
+    """Python's option -OO does."""
+    code, log = run(small, "-OO", "mnist.py", "--dry-run")
+    assert code == 0 and "Test accuracy" in log, log
+
+
 def test_a_batch_larger_than_the_training_set_is_refused_in_one_line(small):
     code, log = run(small, "mnist.py", "--batch-size", 1001)
     assert code == 1 and log.splitlines()[-1].startswith("mnist.py: --batch-size is too large: 1001")
     assert "Traceback" not in log
 
 
+# --- A launcher's variables
+
+JOB = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+BAD_VARIABLES = {
+    "RANK": [None, "", "one", "-1", "2"],
+    "WORLD_SIZE": [None, "", "two", "0", "-2", "1000001"],
+    "LOCAL_RANK": ["", "one", "-1", "2"],  # in a pod of a PyTorchJob there is none
+    "MASTER_ADDR": [None, ""],
+    "MASTER_PORT": [None, "", "http", "0", "65536"],
+}
+
+
+@pytest.fixture
+def refuse_variables(monkeypatch):
+    """Return a function that returns the sentence with which these variables are refused (exit code 1)."""
+    for name in [*JOB, *(name for name in os.environ if name.startswith("PET_"))]:
+        monkeypatch.delenv(name, raising=False)
+    for name in ("OMP_NUM_THREADS", "PET_SIGNALS_TO_HANDLE"):  # or those of the launcher would stay
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+
+    def refuse(variables, *flags):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as exit:
+            mnist.main(list(flags))
+        assert len(exit.value.code.splitlines()) == 1
+        return exit.value.code
+
+    return refuse
+
+
+@pytest.mark.parametrize("name, value", [(name, v) for name, values in BAD_VARIABLES.items() for v in values])
+def test_a_bad_or_missing_variable_is_named_in_a_sentence(refuse_variables, name, value):
+    variables = {k: v for k, v in (JOB | {name: value}).items() if v is not None}
+    sentence = refuse_variables(variables)
+    assert sentence.startswith(f"mnist.py: the variable {name} must be ")
+    assert value is None or name == "MASTER_ADDR" or sentence.endswith(f" not {value!r}")
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_one_variable_alone_is_not_training_alone(refuse_variables, name):
+    assert "the variable " in refuse_variables({name: JOB[name]})
+
+
+@pytest.mark.parametrize("value", ["", "many", "0", "3:1"])
+@pytest.mark.parametrize("name", ["PET_NNODES", "PET_NPROC_PER_NODE"])
+def test_what_torchrun_cannot_take_from_an_operator_is_one_sentence(refuse_variables, name, value):
+    assert "PET_" in refuse_variables({name: value})
+
+
+@pytest.mark.parametrize("variables", [JOB | {"LOCAL_RANK": ""}, {"PET_NNODES": "2"}])
+def test_processes_of_a_pod_are_the_jobs_to_say(refuse_variables, monkeypatch, variables):
+    variables = {name: value for name, value in variables.items() if value}
+    assert "--num-processes is for one machine" in refuse_variables(variables, "--num-processes", "2")
+
+
+def test_several_processes_share_the_processors_that_there_are(monkeypatch):
+    """Not those of the whole machine: a container may have a few of them only."""
+    shares = []
+    note = lambda words: shares.append(os.environ["OMP_NUM_THREADS"])  # noqa: E731
+    monkeypatch.setattr("torch.distributed.run.main", note)
+    monkeypatch.setattr(mnist, "count_processors", lambda: 6)
+    for name in ("PET_SIGNALS_TO_HANDLE", "PET_LOCAL_ADDR"):  # so that they are put back, too
+        monkeypatch.setenv(name, "")
+    cases = [(2, {}), (9, {}), (1, {"PET_NPROC_PER_NODE": "3"}), (1, {"PET_NNODES": "2"})]
+    for processes, variables in cases:
+        monkeypatch.setenv("OMP_NUM_THREADS", "")  # so that it is put back, whatever happens
+        for name in ("OMP_NUM_THREADS", "RANK", "LOCAL_RANK", "PET_NNODES", "PET_NPROC_PER_NODE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert mnist.launch(processes, []) == 0
+    assert shares == ["3", "1", "2", "6"]
+
+
+# --- The machine
+
+
 @pytest.mark.parametrize(
-    "variables, sentence",
+    "files, count",
     [
-        ({"WORLD_SIZE": 3}, "^RANK, MASTER_ADDR, MASTER_PORT must be set beside RANK or WORLD_SIZE"),
-        ({"RANK": 1, "MASTER_ADDR": "one", "MASTER_PORT": 1}, "^WORLD_SIZE must be set"),
-        ({"PET_NNODES": 3}, "start `torchrun mnist.py`"),
-        ({"PET_NPROC_PER_NODE": 2, "WORLD_SIZE": 6, "RANK": 0}, "start `torchrun mnist.py`"),
+        ({}, 8),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "200000 100000"}, 2),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "5000 100000"}, 1),
+        ({"cpu.max": "6400000 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
     ],
 )
-def test_pods_that_would_never_meet_are_told_so(monkeypatch, variables, sentence):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, str(value))
-    with pytest.raises(ValueError, match=sentence):
-        mnist.Job.from_environment()
+def test_processors_are_those_of_the_process_and_of_its_container(monkeypatch, tmp_path, files, count):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(mnist, "Path", lambda folder, name: {"/sys/fs/cgroup": tmp_path}[folder] / name)
+    assert mnist.count_processors() == count
+
+
+def test_threads_are_no_more_than_the_processors_that_the_program_is_bound_to(small):
+    need("taskset", "util-linux")
+    command = ["taskset", "-c", str(min(os.sched_getaffinity(0))), *COMMAND]
+    code, log = run(small, "-c", f"import os; os.execvp('taskset', {command})", OMP_NUM_THREADS=4)
+    assert code == 0 and log.splitlines()[0].endswith(", 1 threads"), log
+
+
+COMMAND = [sys.executable, "mnist.py", "--dry-run"]
+IN_LITTLE_MEMORY = """
+import re, resource, sys
+import mnist
+used = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, resource.RLIM_INFINITY))
+mnist.main(["--batch-size", "1000", "--epochs", "1", "--no-cuda"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit a process's memory like this")
+def test_a_batch_for_which_memory_does_not_suffice_is_one_line(small):
+    code, log = run(small, "-c", IN_LITTLE_MEMORY, PYTHONPATH=small, OMP_NUM_THREADS=1)
+    assert code == 1 and len(log.splitlines()) == 2, log
+    assert "mnist.py: memory does not suffice, try a smaller --batch-size" in log
+    assert re.search(r"tried to allocate \d+ bytes", log)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    "output, reason", [("| head -1", "Broken pipe"), (">/dev/full", "No space left on device")]
+)
+def test_a_log_that_cannot_be_written_is_one_line(small, output, reason):
+    command = f"set -o pipefail; {' '.join(COMMAND)} {output}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=small, env=clean_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(rf"mnist.py: .*{reason}\n", done.stderr)
+    assert len(done.stdout.splitlines()) == (1 if "head" in output else 0)
+
+
+# --- Beside the program
 
 
 def test_the_flags_table_of_the_readme_is_the_help_text(capsys, monkeypatch):
@@ -117,14 +253,17 @@ def test_the_flags_table_of_the_readme_is_the_help_text(capsys, monkeypatch):
     assert table == flags
 
 
-def test_after_the_program_a_notebook_has_its_signals_back():
+def test_after_the_program_a_notebook_has_its_signals_back(small, monkeypatch):
     """%run runs it in the notebook's own process, which must not keep the program's way to end."""
-    code = """
-import runpy, signal, sys
-sys.argv = ["mnist.py", "--help"]
-try:
-    runpy.run_path("mnist.py", run_name="__main__")
-except SystemExit:
-    print("SIGTERM:", signal.getsignal(signal.SIGTERM).name)
-"""
-    assert "SIGTERM: SIG_DFL" in run(ROOT, "-c", code)[1]
+    monkeypatch.chdir(small)
+    for name in JOB:
+        monkeypatch.delenv(name, raising=False)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    seen = []
+    original = mnist.test
+    monkeypatch.setattr(
+        mnist, "test", lambda *all: seen.append(signal.getsignal(signal.SIGTERM)) or original(*all)
+    )
+    mnist.main(["--dry-run", "--no-cuda"])
+    assert seen and seen[0] not in before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

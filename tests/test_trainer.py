@@ -1,7 +1,6 @@
 """What mnist.py promises when it trains: model, order, log, metrics, checkpoints at an epoch's end."""
 
 import ast
-import io
 import json
 import platform
 import re
@@ -11,7 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, run
+from conftest import ROOT, clean_environment, run
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import affine
 
@@ -89,8 +88,93 @@ def test_importing_the_trainer_has_no_effect():
     tree = ast.parse((ROOT / "mnist.py").read_text())
     harmless = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
     others = [node for node in tree.body[1:] if not isinstance(node, harmless)]
-    assert [ast.unparse(node.test) for node in others] == ["__name__ == '__main__'"] * 2
+    assert [ast.unparse(node.test) for node in others] == ["__name__ == '__main__'"]
     assert all(target.isupper() for target in re.findall(r"^(\w+)[, \w]* = ", ast.unparse(tree), re.M))
+
+
+# --- the parts
+
+
+SOURCE = (ROOT / "mnist.py").read_text()
+# The first starts with the file; each of the others with its banner.
+PARTS = re.split(r"(?m)^(?=# --- (?!The model))", SOURCE)
+
+
+def test_the_file_has_eight_parts_and_neither_they_nor_their_functions_are_long():
+    lengths = [part.count("\n") for part in PARTS]
+    assert len(PARTS) == 8 and sum(lengths) < 720 and max(lengths) <= 120
+    assert sum(lengths[:3]) <= 300, "the heart, after which a reader may stop"
+    functions = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.FunctionDef)]
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    del lengths["parse_arguments"]  # a flag a line
+    assert max(lengths.values()) <= 40
+
+
+def test_each_prefix_of_parts_imports_by_itself_and_lacks_nothing_that_it_names(tmp_path):
+    for number in range(len(PARTS)):
+        (tmp_path / f"prefix{number}.py").write_text("".join(PARTS[: number + 1]))
+    # Each is a module of its own; only PyTorch, which takes its time, is loaded once for all.
+    for what in (
+        ["-m", "ruff", "check", "--isolated", "--select", "F821", "."],
+        ["-c", "; ".join(f"import prefix{number}" for number in range(len(PARTS)))],
+    ):
+        done = subprocess.run([sys.executable, *what], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and (what[0] == "-m" or not done.stdout), done.stdout + done.stderr
+
+
+def test_the_first_three_parts_are_a_trainer(small, tmp_path):
+    (tmp_path / "heart.py").write_text("".join(PARTS[:3]))
+    program = """
+import sys, heart
+(images, labels), test_set = heart.load_mnist(sys.argv[1])
+trainer = heart.Trainer(heart.Hyperparameters(batch_size=20))
+losses = []
+for epoch in (1, 2):
+    trainer.begin(epoch)
+    losses += [float(loss) for loss in trainer.train(images, labels)]
+loss, correct = heart.test(trainer.model, *test_set)
+print(trainer.steps, len(losses), sum(losses[:5]) / 5, sum(losses[-5:]) / 5, correct)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, small / "datasets"],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    steps, yielded, first, last, correct = map(float, done.stdout.split())
+    assert steps == yielded == 100
+    assert first > 1.9 > 1.3 > last and correct > 300
+
+
+# --- random numbers
+
+
+def test_different_seeds_are_never_alike_in_anything():
+    """Python's hash takes -1 for -2, and n for n + 2**61 - 1."""
+    images, labels = torch.zeros(8, 28, 28, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
+    seen = []
+    for seed in (-2, -1, 0, 1, 1 + (2**61 - 1), 2**64 + 1, 2**70):
+        trainer = mnist.Trainer(mnist.Hyperparameters(seed=seed))
+        start = trainer.learner.fc2.weight.flatten().tolist()
+        next(trainer.train(images, labels))
+        seen.append((
+            tuple(start),
+            tuple(mnist.epoch_order(50, seed, 1).tolist()),
+            tuple(mnist.epoch_distortions(50, seed, 1).flatten().tolist()),
+            torch.initial_seed(),  # of the dropout
+        ))  # fmt: skip
+    for numbers in zip(*seen, strict=True):
+        assert len(set(numbers)) == len(seen)
+
+
+def test_random_numbers_for_one_purpose_are_those_for_no_other():
+    purposes = [(what, seed, epoch) for what in ("order", "dropout") for seed in (1, 11) for epoch in (1, 11)]
+    purposes += [("weights", 1), ("dropout", 1, 1, 0, 1), ("dropout", 1, 1, 64, 0), ("dropout", 1, 1, 64, 1)]
+    assert len({mnist.random_seed(*purpose) for purpose in purposes}) == len(purposes)
+    assert all(0 <= mnist.random_seed(*purpose) < 2**64 for purpose in purposes)
+    assert mnist.random_seed("weights", 1) == mnist.random_seed("weights", 1)
 
 
 # --- the order of samples
@@ -174,12 +258,13 @@ def test_without_augmentation_or_smoothing_training_is_another(trained, small):
 def test_a_step_fetches_no_new_memory_from_the_system():
     program = """
 import resource, torch, mnist
-trainer = mnist.Trainer(mnist.parse_arguments(["--log-interval", "999"]), mnist.Job(), torch.device("cpu"))
+mnist.settle_in()
+trainer = mnist.Trainer(mnist.Hyperparameters())
 images, labels = (tensor[:640] for tensor in mnist.load_mnist("datasets")[0])
 for epoch in (1, 2):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     trainer.begin(epoch)
-    trainer.train(trainer.learner, images, labels)
+    list(trainer.train(images, labels))
 print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
 """
     printed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True).stdout
@@ -190,17 +275,18 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
 
 
 def test_the_model_is_an_average_of_the_last_weights():
-    trainer = mnist.Trainer(mnist.parse_arguments([]), mnist.Job(), torch.device("cpu"))
+    trainer = mnist.Trainer(mnist.Hyperparameters(lr=1e-30))  # the test takes the steps
+    digits, labels = torch.zeros(1, 28, 28, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     weights = []
     for steps in range(200):
         with torch.no_grad():
             for parameter in trainer.learner.parameters():
-                parameter.fill_(steps)
-        trainer.average(steps)
+                parameter.fill_(steps / 1000)
+        trainer.step(digits, labels, scale=1)
         weights.append(trainer.model.fc2.bias[0].item())
-    assert weights[0] == 0 and weights == sorted(weights)
+    assert weights[0] == pytest.approx(0, abs=1e-9) and weights == sorted(weights) and trainer.steps == 200
     # The weights of step i count as i^9, nearly: their mean is ten elevenths of the way.
-    assert weights[-1] == pytest.approx(199 * 10 / 11, rel=0.01)
+    assert weights[-1] == pytest.approx(0.199 * 10 / 11, rel=0.01)
 
 
 def test_learner_and_model_are_both_kept(trained):
@@ -248,19 +334,13 @@ def test_the_model_learns_and_the_saved_one_has_the_accuracy_in_the_log(trained,
     _, output = trained
     model = mnist.Net()
     model.load_state_dict(torch.load(output / "mnist_model.pt", weights_only=True))
-    images, labels = small_test_set(small_template)
-    loss, correct = mnist.test(model, images, labels, 500, mnist.Job())
+    loss, correct = mnist.test(model, *small_test_set(small_template))
     assert correct / 500 == metrics(output)[-1]["accuracy"] > 0.7
     assert loss == pytest.approx(metrics(output)[-1]["test_loss"], abs=1e-6)
 
 
 def small_test_set(project):
-    raw = project / "datasets/MNIST/raw"
-    images = torch.frombuffer(
-        bytearray((raw / "t10k-images-idx3-ubyte").read_bytes()[16:]), dtype=torch.uint8
-    )
-    labels = torch.frombuffer(bytearray((raw / "t10k-labels-idx1-ubyte").read_bytes()[8:]), dtype=torch.uint8)
-    return images.reshape(-1, 28, 28), labels.long()
+    return mnist.load_mnist(project / "datasets")[1]
 
 
 # --- checkpoints at an epoch's end
@@ -329,7 +409,7 @@ def test_figures_are_those_of_one_process_with_the_same_weights(trained_by_two, 
     _, output = trained_by_two
     model = mnist.Net()
     model.load_state_dict(weights(output))
-    loss, correct = mnist.test(model, *small_test_set(small_template), 500, mnist.Job())
+    loss, correct = mnist.test(model, *small_test_set(small_template), batch_size=77)
     assert metrics(output)[0]["accuracy"] == correct / 500
     assert metrics(output)[0]["test_loss"] == pytest.approx(loss, abs=1e-6)
 
@@ -367,7 +447,7 @@ def test_evaluation_takes_every_sample_once_whatever_the_number_of_processes(wor
     torch.manual_seed(0)
     images, labels = torch.randint(256, (101, 28, 28), dtype=torch.uint8), torch.randint(10, (101,))
     model = mnist.Net()
-    loss, correct = mnist.test(model, images, labels, 101, mnist.Job())
+    loss, correct = mnist.test(model, images, labels)
     shares = [Share("", rank, world_size) for rank in range(world_size)]
     parts = [mnist.test(model, images, labels, 10, share) for share in shares]
     assert sum(part for part, _ in parts) == pytest.approx(loss, abs=1e-6)
@@ -399,7 +479,13 @@ def test_shares_are_disjoint_and_cover_the_set(small):
 # --- files
 
 
-def test_serialized_state_can_be_loaded_without_trust():
-    state = {"numbers": torch.arange(3), "list": [1, 2.5, "three"]}
-    loaded = torch.load(io.BytesIO(mnist.serialize(state)), weights_only=True)
-    assert torch.equal(loaded["numbers"], state["numbers"]) and loaded["list"] == state["list"]
+def test_a_written_state_can_be_loaded_without_trust_and_the_one_before_it_too(tmp_path):
+    path, before = tmp_path / "state.pt", tmp_path / "state.previous.pt"
+    for number in range(3):
+        mnist.write(path, {"numbers": torch.arange(number), "list": [1, 2.5, "three"]}, keep=before)
+    for kept, number in ((path, 2), (before, 1)):
+        loaded = torch.load(kept, weights_only=True)
+        assert torch.equal(loaded["numbers"], torch.arange(number)) and loaded["list"] == [1, 2.5, "three"]
+    mnist.write(path, b"bytes are written as they are")
+    assert path.read_bytes() == b"bytes are written as they are"
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, before.name}
