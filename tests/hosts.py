@@ -48,12 +48,6 @@ class Process(subprocess.Popen):
             time.sleep(pause)
         return True
 
-    def hears(self, number):
-        """Tell whether the process handles this signal by now: Linux says so in a bit mask."""
-        status = Path("/proc", str(self.pid), "status").read_text()
-        handled = next(line for line in status.splitlines() if line.startswith("SigCgt"))
-        return bool(int(handled.split()[1], 16) >> number - 1 & 1)
-
     def end(self, timeout=120):
         """Wait for the end. Returns (exit code, all that was printed)."""
         try:

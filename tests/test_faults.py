@@ -8,13 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from tests.conftest import need, run, skip
+from tests.conftest import clean_environment, make_small_project, need, run, skip
 from tests.faults import (
     BATCH,
     DAMAGES,
@@ -33,6 +36,8 @@ from tests.faults import (
     weights,
 )
 from tests.hosts import Process
+
+IN_TWO = ((), ("--num-processes", 2))  # as a launcher of Training
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +59,7 @@ def output(project):
 def trainer(project, monkeypatch):
     """The trainer, called as a notebook's %run does, and so without waiting for another Python."""
     monkeypatch.chdir(project.folder)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PET_NNODES"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PET_NNODES", "PET_NPROC_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
     return trainer_of(project.folder)
 
@@ -128,8 +133,9 @@ def test_a_signal_is_obeyed_within_20_s_and_no_step_is_lost(project, world_size,
     assert set(codes) == {143}
 
 
-def test_a_signal_before_the_training_begins_ends_it_with_a_sentence(project):
-    with project.training("before", world_size=3) as training:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_process_that_still_waits_for_the_others(project, number):
+    with project.training(f"before-{number}", world_size=3) as training:
         training.start()
         master, *workers = training.processes
         for worker in workers:
@@ -137,10 +143,10 @@ def test_a_signal_before_the_training_begins_ends_it_with_a_sentence(project):
         assert master.until("Started ")  # and now it waits for workers that never come
         with pytest.raises(AssertionError, match=r"still runs"):
             master.end(2)
-        master.send_signal(signal.SIGTERM)
-        code, printed = master.end(20)
-    assert code == 143
-    assert "stopped by a signal, with nothing to save" in printed
+        master.send_signal(number)
+        code, printed = master.end(5)
+    assert code == -number
+    assert len(printed.splitlines()) == 1  # how it was started
     assert not training.saved()
 
 
@@ -163,18 +169,48 @@ def test_a_signal_is_obeyed_by_the_first_process_of_a_container(project):
     assert (output / "checkpoint.pt").exists()
 
 
-def test_a_signal_while_python_still_loads_torch_ends_it_with_a_sentence(project):
+def test_a_signal_while_python_still_loads_torch_ends_it_at_once(project):
     with project.training("loading") as training:
         process = training.start().processes[0]
-        assert process.until(lambda: process.hears(signal.SIGTERM))
+        time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
-        assert process.end(20) == (143, "mnist.py: stopped by a signal, with nothing to save\n")
+        assert process.end(5) == (-signal.SIGTERM, "")
+
+
+def test_a_launcher_that_is_asked_to_stop_before_training_begins_leaves_with_its_processes(project):
+    with project.training("launching", 2, launcher=IN_TWO) as training:
+        launcher = training.start().processes[0]
+        assert launcher.until(lambda: len(launcher.family()) > 2)
+        time.sleep(0.5)  # torchrun does not yet know a process that it is just starting
+        family = launcher.family()
+        launcher.send_signal(signal.SIGTERM)
+        assert training.end(20) == [143]
+        assert "Traceback" not in training.printed
+        assert not psutil.wait_procs(family, timeout=10)[1]
+
+
+def test_a_terminal_that_hangs_up_does_not_end_what_nohup_started(project):
+    need("nohup", "coreutils")
+    expected, lines = project.reference(2)
+    output = project.folder / "nohup"
+    command = ["nohup", sys.executable, "mnist.py", *IN_TWO[1], *OPTIONS, "--output-dir", output]
+    environment = clean_environment(OMP_NUM_THREADS=1)
+    with Process(command, project.folder / "nohup.log", cwd=project.folder, env=environment) as nohup:
+        try:
+            assert nohup.until(lambda: nohup.output.count("- Loss: ") > 2)
+            os.killpg(nohup.pid, signal.SIGHUP)  # as the kernel does to all that a terminal has started
+            code, printed = nohup.end(120)
+        finally:
+            nohup.kill_all()
+    assert code == 0, printed
+    assert results(printed) == lines
+    assert weights(output) == expected
 
 
 def test_launchers_pass_a_signal_on_and_take_over_from_each_other(project):
     expected, lines = project.reference(2)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    with project.training("launched", 2, launcher=((), ("--num-processes", 2))) as training:
+    with project.training("launched", 2, launcher=IN_TWO) as training:
         training.start().processes[0].until(lambda: training.printed.count("- Loss: ") > 10)
         training.processes[0].send_signal(signal.SIGTERM)
         assert training.end(20) == [143], training.printed
@@ -191,12 +227,53 @@ def test_launchers_pass_a_signal_on_and_take_over_from_each_other(project):
 
 
 def test_a_local_process_that_dies_takes_the_others_along(project):
-    with project.training("dies", 2, launcher=((), ("--num-processes", 2))) as training:
+    with project.training("dies", 2, launcher=IN_TWO) as training:
         training.start().processes[0].until("- Loss: ")
         family = training.processes[0].family()
         family[-1].kill()
         assert training.end(20) == [1], training.printed
         assert not any(process.is_running() for process in family)
+        assert "Traceback" not in training.printed
+
+
+def test_local_processes_that_are_all_killed_are_named_with_the_signal(project):
+    with project.training("killed", 2, launcher=IN_TWO) as training:
+        training.start().processes[0].until("- Loss: ")
+        stopped = training.processes[0].family()[1:]
+        for act in (psutil.Process.suspend, psutil.Process.kill):  # so that none sees another die
+            for process in stopped:
+                act(process)
+        assert training.end(20) == [1], training.printed
+        said = [line for line in training.printed.splitlines() if line.startswith("mnist.py: ")]
+        assert len(said) == 1 and re.search(r"process [01] was ended by SIGKILL .*memory", said[0])
+        assert "Traceback" not in training.printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_processes_whose_launcher_is_killed_save_and_leave(project):
+    expected, lines = project.reference(2)
+    with project.training("orphans", 2, launcher=IN_TWO) as training:
+        launcher = training.start().processes[0]
+        assert launcher.until(lambda: launcher.output.count("- Loss: ") > 5)
+        orphans = launcher.family()[1:]
+        launcher.kill()
+        limit = time.monotonic() + 20
+        while any(is_at_work(process) for process in orphans):
+            assert time.monotonic() < limit, f"still at work:\n{launcher.output}"
+            time.sleep(0.05)
+        assert "Stopped by a signal" in launcher.output and training.saved()
+        before = results(launcher.output)
+        training.complete()
+        assert before + results(training.printed) == lines
+        assert weights(training.output) == expected
+
+
+def is_at_work(process):
+    """Tell whether a process still runs: who has no parent may stay as a zombie for a while."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 # --- Damaged checkpoints ------------------------------------------------------------------------
@@ -276,6 +353,24 @@ def test_with_no_good_checkpoint_left_nothing_is_started_afresh(trainer, output,
         assert not results(printed)
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "no"), OSError(116, "stale"), MemoryError("large")])
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(trainer, output, monkeypatch, error, capfd):
+    """Root may read anything, so the error is made here."""
+    newest, read = output / "checkpoint.pt", Path.read_bytes
+
+    def read_bytes(path):
+        if path == newest:
+            raise error
+        return read(path)
+
+    before = {path.name: read(path) for path in output.glob("checkpoint*")}
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    message = refusal(trainer, *OPTIONS, "--resume", "--output-dir", output)
+    assert f"cannot read {newest}" in message and str(error.args[-1]) in message
+    assert "not a good checkpoint" not in capfd.readouterr().out
+    assert {path.name: read(path) for path in output.glob("checkpoint*")} == before
+
+
 def test_a_checkpoint_of_another_model_is_one_sentence(trainer, output):
     for path in output.glob("checkpoint*.pt"):
         checkpoint = torch.load(path, weights_only=True)
@@ -286,7 +381,7 @@ def test_a_checkpoint_of_another_model_is_one_sentence(trainer, output):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_data_is_named_and_not_trained_on(project, damage):
-    for name in trainer_of(project.folder).SHA256:
+    for name in trainer_of(project.folder).FILES:
         damage_data(project, name, damage, random.Random(damage + name))
 
 
@@ -334,6 +429,60 @@ def test_a_second_run_into_the_same_folder_is_refused(project, trainer):
             message = refusal(trainer, *OPTIONS, *more, "--output-dir", training.output)
             assert f"another run writes to {training.output}" in message
         assert first.poll() is None  # the first one goes on
+
+
+def test_a_lock_that_another_host_has_left_is_named_with_what_to_delete(trainer, output, monkeypatch):
+    """A file system without locks (ENOSYS): the file itself is the lock, and nobody else takes it away."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (output / ".lock").write_text("4711\nanother-host\n")
+    message = refusal(trainer, *OPTIONS, "--resume", "--output-dir", output)
+    assert f"another run writes to {output}" in message
+    assert "4711 on another-host" in message and ".lock" in message and "delete" in message
+    (output / ".lock").unlink()
+    trainer.main([str(word) for word in (*OPTIONS, "--resume", "--output-dir", output)])
+
+
+AS_ANOTHER_USER = """
+import os, sys
+import mnist
+mnist.Trainer(mnist.Hyperparameters())  # loads the rest of PyTorch, which that user may not be able to read
+os.umask(0o022)
+os.setgroups([])
+os.setgid(4321)
+os.setuid(int(sys.argv[1]))
+mnist.main(sys.argv[2:])
+"""
+
+
+def test_a_second_user_of_the_group_goes_on_where_the_first_one_stopped():
+    if os.geteuid():
+        skip("root is missing, and without it nobody can be another user")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        project = make_small_project(Path(folder, "project"), 200, 100)
+        output = project / "output"
+        output.mkdir()
+        os.chown(output, -1, 4321)
+        output.chmod(0o775)
+        for epochs, user in ((1, 1111), (2, 2222)):
+            options = ("--epochs", epochs, "--resume", "--output-dir", output, "--save-model")
+            code, printed = run(project, "-c", AS_ANOTHER_USER, user, *options, PYTHONPATH=project)
+            assert code == 0, printed
+            for path in [*output.iterdir()]:  # one that was killed on the way leaves such files
+                left_over = path.with_name(path.name + ".tmp")
+                left_over.write_bytes(b"")
+                os.chown(left_over, user, 4321)
+        assert "Resuming in epoch 2" in printed
+
+
+def test_a_file_that_is_in_the_way_is_named(trainer, tmp_path):
+    (tmp_path / "checkpoint.pt.tmp").mkdir()
+    assert f"{tmp_path}/checkpoint.pt.tmp" in refusal(trainer, *OPTIONS, "--output-dir", tmp_path)
 
 
 # --- Resumed with something else ----------------------------------------------------------------
@@ -393,9 +542,11 @@ def test_other_numbers_of_processes_go_on_from_the_same_sample_and_say_so(projec
 def test_a_loss_that_is_no_number_stops_the_run_and_the_good_checkpoint_stays(trainer, output, optimizer):
     before = weights(output)
     arguments = ("--optimizer", optimizer, "--lr", "1e30", "--output-dir", output, "--no-cuda")
-    message = refusal(trainer, *arguments)
-    assert "epoch 1, batch " in message
-    assert "the loss is nan" in message or "the loss is inf" in message
+    for more in ((), ("--checkpoint-interval", 2)):
+        message = refusal(trainer, *arguments, *more)
+        assert re.search("in epoch 1, the loss is (nan|inf): try a smaller --lr", message)
+    # It may go wrong in the very last step.
+    refusal(trainer, *arguments, "--batch-size", TRAIN, "--epochs", 1)
     assert weights(output) == before
 
 

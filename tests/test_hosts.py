@@ -135,7 +135,8 @@ def without_dropout(folder):
 def test_three_hosts_train_as_one_process_with_three_times_the_batch(small):
     without_dropout(small)
     project = Project(small)
-    options = ("--epochs", 2, "--optimizer", "sgd", "--lr", 0.05, "--momentum", 0.5, "--no-cuda")
+    # Short steps, for in long ones the last digits of a sum grow into differences.
+    options = ("--epochs", 2, "--optimizer", "sgd", "--lr", 0.02, "--momentum", 0.5, "--no-cuda")
     with project.training("one", options=(*options, "--batch-size", 90)) as training:
         training.complete()
     with PyTorchJob(project.folder) as job:
@@ -153,8 +154,8 @@ def test_three_hosts_train_as_one_process_with_three_times_the_batch(small):
     assert len(history("three")) == 2
     for one, three in zip(history("one"), history("three"), strict=True):
         # The last batch of 1,000 has 10 images, 4 + 3 + 3: it counts no more and no less than in one process.
-        assert three["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
-        assert three["test_loss"] == pytest.approx(one["test_loss"], rel=1e-4)
+        assert three["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
+        assert three["test_loss"] == pytest.approx(one["test_loss"], rel=1e-5)
         assert abs(three["accuracy"] - one["accuracy"]) <= 1 / TEST
 
     # The same weights, evaluated here by one process, give the figures that three hosts gave.
@@ -162,18 +163,20 @@ def test_three_hosts_train_as_one_process_with_three_times_the_batch(small):
     model = trainer.Net()
     model.load_state_dict(torch.load(project.folder / "three" / "mnist_model.pt", weights_only=True))
     _, (images, labels) = trainer.load_mnist(project.folder / "datasets")
-    loss, correct = trainer.test(model, images, labels, 77, trainer.Job())
+    loss, correct = trainer.test(model, images, labels, batch_size=77)
     assert correct / TEST == history("three")[-1]["accuracy"]
     assert loss == pytest.approx(history("three")[-1]["test_loss"], abs=1e-6)
     assert f"Test accuracy: {correct}/{TEST}" in printed[0]
 
 
 @pytest.mark.parametrize("elastic", [None, (1, 3, 3)], ids=["static", "elastic"])
-def test_torchrun_without_arguments_trains_on_three_hosts(project, output, elastic):
+def test_torchrun_trains_on_three_hosts_as_the_operator_has_told_it(project, output, elastic):
+    """It needs no arguments; where pods have no ranks of their own, the trainer starts it by itself."""
+    command = () if elastic else TORCHRUN
     expected, lines = project.reference(3)
     workers = 3 if elastic else 2
     with PyTorchJob(project.folder, workers, elastic, processes_per_node="1") as job:
-        codes, printed = end(job.start(*TORCHRUN, "mnist.py", *OPTIONS, "--output-dir", output), 180)
+        codes, printed = end(job.start(*command, "mnist.py", *OPTIONS, "--output-dir", output), 180)
     assert codes == [0, 0, 0], printed
     started = [text for text in printed if "Started by torchrun: rank 0 of 3" in text]
     assert len(started) == 1, printed
@@ -307,7 +310,7 @@ def test_an_elastic_job_goes_on_by_itself_without_whom_it_lost(project, whole_ho
 
 def test_an_elastic_job_grows_when_a_host_comes_back(project, output):
     changes = {"OMP_NUM_THREADS": 1, **OWN_STORE}
-    options = (*TORCHRUN, "mnist.py", "--epochs", 30, "--timeout", 10, "--resume", "--output-dir", output)
+    options = ("mnist.py", "--epochs", 30, "--timeout", 10, "--resume", "--output-dir", output)
     with PyTorchJob(project.folder, 3, (1, 3, 3), processes_per_node="1") as job:
         first = [host.start(project.folder, *options, **changes) for host in job.hosts[:2]]
 
