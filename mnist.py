@@ -284,7 +284,8 @@ PROGRESS = ("epoch", "steps", "samples_seen", "loss_sum", "seconds", "history")
 
 def lacks_memory(error):
     """Tell whether an exception is for want of memory. PyTorch has no class for all of these."""
-    return isinstance(error, MemoryError) or any(w in str(error).lower() for w in ("alloc", "out of memory"))
+    words = ("alloc", "out of memory") if isinstance(error, RuntimeError) else ()
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def save(trainer, folder):
@@ -542,6 +543,8 @@ def launch(processes, argv):
         return None
     if processes > 1 and (in_pods or "RANK" in env):
         raise ValueError("--num-processes is for one machine: here a job says how many processes a pod has")
+    for name in {"PET_NODE_RANK", "PET_MASTER_PORT", "PET_MAX_RESTARTS"} & set(env):
+        variable(name, 0, 65535)  # or torchrun would print a page on how it is used
     options = ["--standalone", f"--nproc-per-node={processes}"]
     if "PET_NNODES" not in env:  # so it is this machine, whose own name may be unknown to it, in a container
         env.setdefault("PET_LOCAL_ADDR", "localhost")
@@ -641,9 +644,8 @@ def run_epoch(trainer, training_set, test_set, args, folder):
     logging.info(f"accuracy={accuracy:.4f}")
     metrics = {"epoch": trainer.epoch, "train_loss": loss_sum / trainer.samples_seen, "test_loss": loss}
     metrics |= {"accuracy": accuracy, "learning_rate": trainer.scheduler.get_last_lr()[0]}
-    trainer.history.append(
-        metrics | {"seconds": seconds, "samples_per_second": trainer.samples_seen / seconds}
-    )
+    speed = {"seconds": seconds, "samples_per_second": trainer.samples_seen / seconds}
+    trainer.history.append(metrics | speed)
     trainer.scheduler.step()
     trainer.begin(trainer.epoch + 1)
     save(trainer, folder)
@@ -660,10 +662,8 @@ def run(args, job):
     settle_in()
     device = choose_device(job.local_rank, not args.no_cuda)
     backend = args.backend or dist.get_default_backend_for_device(device)
-    logging.info(
-        f"Started {job.started}: rank {job.rank} of {job.world_size}, device {device}, "
-        f"backend {backend if job.world_size > 1 else 'none'}, {torch.get_num_threads()} threads"
-    )
+    how = f"backend {backend if job.world_size > 1 else 'none'}, {torch.get_num_threads()} threads"
+    logging.info(f"Started {job.started}: rank {job.rank} of {job.world_size}, device {device}, {how}")
     if job.local_rank == 0:
         find_sums(Path(args.data_dir, "MNIST", "raw"))  # which may download, before the processes meet
     mixed = device.type != "cpu" and backend not in ("gloo", "mpi")  # gradients on GPUs, Job.sum on CPUs

@@ -319,7 +319,7 @@ def damage_data(project, name, damage, rng):
     try:
         trainer.load_mnist(project.folder / "datasets")
         assert bad == intact, "damaged data was loaded"
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         assert str(path) in str(error)
         assert path.read_bytes() == bad
     finally:

@@ -152,10 +152,23 @@ def test_what_torchrun_cannot_take_from_an_operator_is_one_sentence(refuse_varia
     assert "PET_" in refuse_variables({name: value})
 
 
+@pytest.mark.parametrize("value", ["", "first", "-1", "65536"])
+@pytest.mark.parametrize("name", ["PET_NODE_RANK", "PET_MASTER_PORT", "PET_MAX_RESTARTS"])
+def test_a_wrong_number_from_an_operator_is_named(refuse_variables, name, value):
+    sentence = refuse_variables({"PET_NNODES": "2", name: value})
+    assert sentence == f"mnist.py: the variable {name} must be a whole number from 0 to 65535, not {value!r}"
+
+
 @pytest.mark.parametrize("variables", [JOB | {"LOCAL_RANK": ""}, {"PET_NNODES": "2"}])
 def test_processes_of_a_pod_are_the_jobs_to_say(refuse_variables, monkeypatch, variables):
     variables = {name: value for name, value in variables.items() if value}
     assert "--num-processes is for one machine" in refuse_variables(variables, "--num-processes", "2")
+
+
+def test_a_path_that_speaks_of_allocation_is_no_want_of_memory():
+    assert not mnist.lacks_memory(OSError("allocations/MNIST/raw/train-labels-idx1-ubyte.gz is missing"))
+    assert mnist.lacks_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 7 bytes"))
+    assert mnist.lacks_memory(MemoryError())
 
 
 def test_several_processes_share_the_processors_that_there_are(monkeypatch):
