@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torchvision
 import yaml
 from api_server import ApiServer, write_kubeconfig
 from conftest import ROOT, make_small_project, need, run, slice_of, start
@@ -497,6 +498,15 @@ def test_the_notebook_notices_that_the_training_failed(small_notebook):
     assert code == 1
     assert "RuntimeError: The training failed: see what it printed above." in output
     assert not (small_notebook / "pytorchjob-mnist.yaml").exists()
+
+
+def test_without_digits_and_without_a_network_a_sentence_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    for _ in range(2):  # the second time, too
+        with pytest.raises(RuntimeError, match=r"^There are no digits in .*\. Put the four \.gz files of .*\.$"):
+            execute("load-the-data", Path=Path, torch=torch, torchvision=torchvision)
 
 
 def test_percent_run_twice_in_a_row_gives_the_same_log_twice(small):
