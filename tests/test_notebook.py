@@ -505,7 +505,7 @@ def test_without_digits_and_without_a_network_a_sentence_says_what_to_do(tmp_pat
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     for _ in range(2):  # the second time, too
-        with pytest.raises(RuntimeError, match=r"^There are no digits in .*\. Put the four \.gz files of .*\.$"):
+        with pytest.raises(RuntimeError, match=r"^There are no digits in .*\. Put the four \.gz .*\.$"):
             execute("load-the-data", Path=Path, torch=torch, torchvision=torchvision)
 
 
