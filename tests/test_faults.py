@@ -450,7 +450,12 @@ def test_a_lock_that_another_host_has_left_is_named_with_what_to_delete(trainer,
 AS_ANOTHER_USER = """
 import os, sys
 import mnist
-mnist.Trainer(mnist.Hyperparameters())  # loads the rest of PyTorch, which that user may not be able to read
+# Train, save and load once: that brings in the rest of PyTorch, which that user may not be able to read.
+mnist.main(["--dry-run"])
+os.makedirs("before", exist_ok=True)
+trainer = mnist.Trainer(mnist.Hyperparameters())
+mnist.save(trainer, "before")
+mnist.resume(trainer, "before")
 os.umask(0o022)
 os.setgroups([])
 os.setgid(4321)

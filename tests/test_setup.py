@@ -87,7 +87,8 @@ def make_begun(folder, with_pip=False):
 
 
 def make(folder, *arguments):
-    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True)
+    command = ["make", "--no-print-directory", *arguments]  # for make may have started the tests
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 MIRROR = "ip link set lo up; {python} -m http.server --bind 127.0.0.1 8000 2> asked & sleep 2; {make}"
