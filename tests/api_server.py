@@ -1,10 +1,10 @@
-"""A stand-in for a cluster: an API server with as much as the real kubectl asks for when it runs the job.
+"""A stand-in for a cluster: an API server with as much as kubectl and Kubeflow's SDK ask for to run a job.
 
     with ApiServer() as cluster:
         subprocess.run(["kubectl", …], env=os.environ | {"KUBECONFIG": cluster.kubeconfig(folder)})
 
-It keeps what is created, and plays an operator that takes each PyTorchJob to its end. It checks nothing:
-tests/test_manifests.py does.
+It keeps what is created, and plays the operators that take each PyTorchJob and TrainJob to its end. It
+checks nothing: tests/manifests.py does.
 """
 
 import copy
@@ -15,40 +15,74 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from urllib.parse import parse_qs, urlsplit
 
-LABEL = "training.kubeflow.org/job-name"
-KINDS = {  # by their plural
-    "persistentvolumeclaims": ("/api/v1", "", "PersistentVolumeClaim"),
-    "pods": ("/api/v1", "", "Pod"),
-    "events": ("/api/v1", "", "Event"),
-    "pytorchjobs": ("/apis/kubeflow.org/v1", "kubeflow.org", "PyTorchJob"),
+TRAINER = "trainer.kubeflow.org/v1alpha1"
+KINDS = {  # by their plural: the version of the API that has them, and their name
+    "persistentvolumeclaims": ("v1", "PersistentVolumeClaim"),
+    "pods": ("v1", "Pod"),
+    "events": ("v1", "Event"),
+    "pytorchjobs": ("kubeflow.org/v1", "PyTorchJob"),
+    "trainjobs": (TRAINER, "TrainJob"),
+    "trainingruntimes": (TRAINER, "TrainingRuntime"),
+    "clustertrainingruntimes": (TRAINER, "ClusterTrainingRuntime"),
 }
-ROOTS = {root for root, _, _ in KINDS.values()}
+
+
+def root(version):
+    """Return the path below which a version of the API has its kinds."""
+    return f"/apis/{version}" if "/" in version else f"/api/{version}"
+
+
+ROOTS = {root(version): version for version, _ in KINDS.values()}
+# Finds the plural of an object's kind in its path, its name, and what of it is asked for.
+PATH = re.compile(r"(?:/api|/apis/[^/]+)/\w+(?:/namespaces/[^/]+)?/([^/]+)/?([^/]*)/?([^/]*)")
 # How kubectl learns that the server checks the fields itself, so that it need not do so.
 OPENAPI = {
     "openapi": "3.0.0",
     "info": {"title": "stand-in", "version": "1"},
     "paths": {
-        f"{root}/{plural}": {
+        f"{root(version)}/{plural}": {
             "patch": {
                 "parameters": [{"name": "fieldValidation", "in": "query"}],
-                "x-kubernetes-group-version-kind": {"group": group, "version": "v1", "kind": kind},
+                "x-kubernetes-group-version-kind": {
+                    "group": version.rpartition("/")[0],
+                    "version": version.rpartition("/")[2],
+                    "kind": kind,
+                },
             }
         }
-        for plural, (root, group, kind) in [*KINDS.items(), ("namespaces", ("/api/v1", "", "Namespace"))]
+        for plural, (version, kind) in [*KINDS.items(), ("namespaces", ("v1", "Namespace"))]
     },
 }
-STATES = {  # what is true of a job, and what no longer is, one query after the other: `describe` makes two
-    "Succeeded": ("Created", "Created", *["Created Running"] * 2, "Created -Running Succeeded"),
-    "Failed": ("Created", "Created", "Created Running", "Created -Running Failed"),
+# Kubeflow Trainer's own runtime, as far as the SDK looks at it.
+NODE = {
+    "metadata": {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}},
+    "spec": {"template": {"spec": {"containers": [{"name": "node", "image": "stand-in"}]}}},
 }
+RUNTIME = {
+    "kind": "ClusterTrainingRuntime",
+    "apiVersion": TRAINER,
+    "metadata": {"name": "torch-distributed", "labels": {"trainer.kubeflow.org/framework": "torch"}},
+    "spec": {
+        "mlPolicy": {"numNodes": 1, "torch": {}},
+        "template": {"spec": {"replicatedJobs": [{"name": "node", "template": NODE}]}},
+    },
+}
+ENDS = {"Succeeded": "Complete", "Failed": "Failed"}  # what a TrainJob calls them; it has no other state
+TIME = "2026-11-24T08:00:00Z"
 
 
 class ApiServer:
-    """The server. `end` is what becomes of a job; `refused` is what may not be created, by its plural."""
+    """The server. `end` is what becomes of a job, once `running` queries have found it running.
 
-    def __init__(self, end="Succeeded", log="", refused=()):
-        self.states, self.log, self.refused = STATES[end], log, refused
-        self.objects = {}  # by their path
+    `refused` is what may not be created, by its plural.
+    """
+
+    def __init__(self, end="Succeeded", log="", refused=(), running=2):
+        self.log, self.refused = log, refused
+        # What is true of a job, and what no longer is, one query after the other: `describe` makes two.
+        self.states = ["Created"] * 2 + ["Created Running"] * running + [f"Created -Running {end}"]
+        # By their path.
+        self.objects = {f"{root(TRAINER)}/clustertrainingruntimes/torch-distributed": RUNTIME}
         self.queries = Counter()  # of each
         self.created = []
         self.changes = []  # the verbs and kinds of the requests that change something
@@ -61,7 +95,8 @@ class ApiServer:
                 url = urlsplit(self.path)
                 length = int(self.headers.get("Content-Length", 0))
                 body = json.loads(self.rfile.read(length)) if length else None
-                code, said = cluster.answer(self.command, url.path, parse_qs(url.query), body)
+                query = parse_qs(url.query) | {"table": "as=Table" in self.headers.get("Accept", "")}
+                code, said = cluster.answer(self.command, url.path, query, body)
                 text = isinstance(said, str)
                 said = said.encode() if text else json.dumps(said).encode()
                 self.send_response(code)
@@ -93,39 +128,39 @@ class ApiServer:
         return [path.rsplit("/", 1)[1] for path in self.objects if f"/{plural}/" in path]
 
     def pods(self):
-        """Return the names of the pods, which are there as long as their jobs."""
-        roles = ("master-0", "worker-0", "worker-1")
-        return [f"{job}-{role}" for job in self.names("pytorchjobs") for role in roles]
+        """Return the pods, which are there as long as their jobs."""
+        return [pod for path, job in self.objects.items() for pod in pods_of(job, self.state(path))]
 
     def answer(self, verb, path, query, body):
         """Return (code, JSON object or text) for a request."""
         if path in ("/api", "/apis", *ROOTS):
             return 200, discovery(path)
         if path == "/openapi/v3":
-            return 200, {"paths": {root[1:]: {"serverRelativeURL": f"{path}{root}"} for root in ROOTS}}
+            return 200, {"paths": {at[1:]: {"serverRelativeURL": f"{path}{at}"} for at in ROOTS}}
         if path.startswith("/openapi/v3/"):
             return 200, OPENAPI
         if path == "/version":
             return 200, {"major": "1", "minor": "32", "gitVersion": "v1.32.0"}
-        plural, *rest = path.split("/namespaces/default/", 1)[-1].split("/")
+        found = PATH.fullmatch(path)
+        plural, name, part = found.groups() if found else ("", "", "")
         if verb != "GET":
             self.changes.append(f"{verb} {plural}")
         if plural not in KINDS:
             return 404, status(404, "NotFound", f"the stand-in has no {path}")
-        if rest[1:] == ["log"]:
-            return 200, self.log
         if verb == "POST":
             return self.create(f"{path}/{body['metadata']['name']}", plural, body)
-        if not rest:
+        if not name:
             return 200, self.list(path, plural, query)
-        if plural == "pods" and rest[0] in self.pods():
-            return 200, pod(rest[0])
-        if path not in self.objects:
-            return 404, status(404, "NotFound", f'{plural} "{rest[0]}" not found')
+        pods = {pod["metadata"]["name"]: pod for pod in self.pods()} if plural == "pods" else {}
+        if path not in self.objects and name not in pods:
+            return 404, status(404, "NotFound", f'{plural} "{name}" not found')
+        if part == "log":
+            lines = self.log.splitlines(keepends=True)
+            return 200, "".join(lines[-int(query.get("tailLines", "0")[0]) :])
         if verb == "DELETE":
             del self.objects[path]
             return 200, status(200, "", "deleted", "Success")
-        return 200, self.objects[path] | self.status(path)
+        return 200, pods.get(name) or self.objects[path] | self.status(path)
 
     def create(self, path, plural, body):
         name = body["metadata"]["name"]
@@ -134,45 +169,86 @@ class ApiServer:
         if path in self.objects:
             return 409, status(409, "AlreadyExists", f'{plural} "{name}" already exists')
         self.created.append(copy.deepcopy(body))
-        body["metadata"] |= {
-            "namespace": "default",
-            "uid": "1-2-3",
-            "creationTimestamp": "2026-11-24T08:00:00Z",
-        }
+        body["metadata"] |= {"namespace": "default", "uid": "1-2-3", "creationTimestamp": TIME}
         self.objects[path] = body
         return 201, body
 
+    def state(self, path):
+        """Return what is true of a job since it was last asked for: its last word is the state it is in."""
+        return self.states[min(max(self.queries[path], 1), len(self.states)) - 1]
+
     def status(self, path):
         """Return an object's status: a job is one state further each time, as an operator takes it."""
-        if "/pytorchjobs/" not in path:
+        kind = self.objects[path]["kind"]
+        if kind not in ("PyTorchJob", "TrainJob"):
             return {}
-        words = self.states[min(self.queries[path], len(self.states) - 1)].split()
         self.queries[path] += 1
-        conditions = [{"type": word.strip("-"), "status": str(word[0] != "-")} for word in words]
-        return {"status": {"conditions": conditions}}
+        words = self.state(path).split()
+        if kind == "TrainJob":
+            words = [ENDS[word] for word in words if word in ENDS]
+        more = {"reason": "StandIn", "message": "", "lastTransitionTime": TIME}
+        conditions = [more | {"type": word.strip("-"), "status": str(word[0] != "-")} for word in words]
+        return {"status": {"conditions": conditions}} if conditions else {}
 
     def list(self, path, plural, query):
-        """Return what `kubectl get` lists: pods as the table that it prints, the rest as they are."""
-        if plural != "pods":
-            items = [item for at, item in self.objects.items() if at.startswith(f"{path}/")]
-            return {"kind": f"{KINDS[plural][2]}List", "apiVersion": "v1", "metadata": {}, "items": items}
-        wanted = dict(part.split("=") for part in query.get("labelSelector", [""])[0].split(",") if part)
-        names = [name for name in self.pods() if wanted in ({}, {LABEL: re.sub(r"-\w+-\d+$", "", name)})]
-        columns = [
-            {"name": name, "type": "string"} for name in ("Name", "Ready", "Status", "Restarts", "Age")
+        """Return the objects of a kind, if need be as the table that `kubectl get` prints of pods."""
+        version, kind = KINDS[plural]
+        items = [item for at, item in self.objects.items() if at.startswith(f"{path}/")]
+        (selector,) = query.get("labelSelector", [""])
+        items = [item for item in items + self.pods() * (plural == "pods") if selects(selector, item)]
+        if plural == "pods" and query["table"]:
+            return table(items)
+        return {"kind": f"{kind}List", "apiVersion": version, "metadata": {}, "items": items}
+
+
+def selects(selector, item):
+    """Return whether a selector such as "a=b,c in (d, e)" selects an object."""
+    labels = item["metadata"].get("labels", {})
+    for key, value, values in re.findall(r"([^\s,=]+)(?:=([^,]*)| in \(([^)]*)\))", selector):
+        if labels.get(key) not in (values.split(", ") if values else [value]):
+            return False
+    return True
+
+
+def pods_of(job, state):
+    """Return the pods of a job in a state; one that has failed takes them, and their logs, along."""
+    name = job["metadata"]["name"]
+    if state.endswith("Failed"):
+        return []
+    if job["kind"] == "PyTorchJob":
+        replicas = job["spec"]["pytorchReplicaSpecs"].items()
+        names = [f"{name}-{role.lower()}-{i}" for role, each in replicas for i in range(each["replicas"])]
+        labels = {"training.kubeflow.org/job-name": name}
+        return [pod(each, "pytorch", "Running", labels) for each in names]
+    if job["kind"] == "TrainJob":
+        phase = state.split()[-1].replace("Created", "Pending")
+        labels = {"jobset.sigs.k8s.io/jobset-name": name, "jobset.sigs.k8s.io/replicatedjob-name": "node"}
+        index = "batch.kubernetes.io/job-completion-index"
+        return [
+            pod(f"{name}-node-0-{i}-x7k2p", "node", phase, labels | {index: str(i)})
+            for i in range(job["spec"]["trainer"]["numNodes"])
         ]
-        rows = [{"cells": [name, "1/1", "Running", "0", "34s"], "object": pod(name)} for name in names]
-        return {"kind": "Table", "apiVersion": "meta.k8s.io/v1", "columnDefinitions": columns, "rows": rows}
+    return []
 
 
-def pod(name):
-    spec = {"containers": [{"name": "pytorch", "image": "stand-in"}]}
+def pod(name, container, phase, labels):
     return {
         "kind": "Pod",
         "apiVersion": "v1",
-        "metadata": {"name": name, "namespace": "default"},
-        "spec": spec,
+        "metadata": {"name": name, "namespace": "default", "labels": labels},
+        "spec": {"containers": [{"name": container, "image": "stand-in"}]},
+        "status": {"phase": phase},
     }
+
+
+def table(pods):
+    """Return pods as the table that kubectl prints."""
+    columns = [{"name": name, "type": "string"} for name in ("Name", "Ready", "Status", "Restarts", "Age")]
+    rows = [
+        {"cells": [pod["metadata"]["name"], "1/1", pod["status"]["phase"], "0", "34s"], "object": pod}
+        for pod in pods
+    ]
+    return {"kind": "Table", "apiVersion": "meta.k8s.io/v1", "columnDefinitions": columns, "rows": rows}
 
 
 def status(code, reason, message, verdict="Failure"):
@@ -185,22 +261,25 @@ def discovery(path):
     if path == "/api":
         return {"kind": "APIVersions", "versions": ["v1"]}
     if path == "/apis":
-        version = {"groupVersion": "kubeflow.org/v1", "version": "v1"}
-        group = {"name": "kubeflow.org", "versions": [version], "preferredVersion": version}
-        return {"kind": "APIGroupList", "apiVersion": "v1", "groups": [group]}
+        groups = [
+            {"name": version.split("/")[0], "versions": [offer], "preferredVersion": offer}
+            for version in ROOTS.values()
+            if "/" in version
+            for offer in [{"groupVersion": version, "version": version.split("/")[1]}]
+        ]
+        return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
     resources = [
         {
             "name": plural,
             "singularName": kind.lower(),
-            "namespaced": True,
+            "namespaced": not plural.startswith("cluster"),
             "kind": kind,
             "verbs": ["create", "delete", "get", "list", "patch"],
         }
-        for plural, (root, _, kind) in KINDS.items()
-        if root == path
+        for plural, (version, kind) in KINDS.items()
+        if version == ROOTS[path]
     ]
-    group_version = path.split("/", 2)[2]
-    return {"kind": "APIResourceList", "groupVersion": group_version, "resources": resources}
+    return {"kind": "APIResourceList", "groupVersion": ROOTS[path], "resources": resources}
 
 
 def write_kubeconfig(folder, address):

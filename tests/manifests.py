@@ -238,6 +238,7 @@ def resource(version, kind, spec):
 
 
 SCHEMAS = {
+    "Pod": resource("v1", "Pod", OBJECT),
     "PersistentVolumeClaim": resource("v1", "PersistentVolumeClaim", CLAIM_SPEC),
     "PyTorchJob": resource("kubeflow.org/v1", "PyTorchJob", PYTORCHJOB_SPEC),
     "TrainJob": resource("trainer.kubeflow.org/v1alpha1", "TrainJob", TRAINJOB_SPEC),
@@ -576,6 +577,7 @@ def read_by_katib(experiment, log):
 
 
 RULES = {
+    "Pod": lambda pod: core_problems("", pod),
     "PersistentVolumeClaim": claim_problems,
     "PyTorchJob": pytorchjob_problems,
     "TrainJob": trainjob_problems,

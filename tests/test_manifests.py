@@ -79,7 +79,7 @@ def test_the_job_outlives_five_lost_pods():
 
 def test_all_manifests_name_the_same_image():
     images = re.findall(r"^ *image: (\S+)", "\n".join(path.read_text() for path in FILES), re.MULTILINE)
-    assert len(images) == 4 and len(set(images)) == 1
+    assert len(images) == 5 and len(set(images)) == 1
 
 
 def test_the_job_and_its_variants_train_alike():
@@ -112,7 +112,7 @@ def test_katib_alone_is_told_how_the_trainer_starts():
 
 def test_every_claim_that_a_pod_mounts_is_the_one_in_kubernetes():
     names = re.findall(r"claimName: (\S+)", "\n".join(path.read_text() for path in FILES))
-    assert names == [load(CLAIM)["metadata"]["name"]] * 3
+    assert names == [load(CLAIM)["metadata"]["name"]] * 4
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p != CLAIM], ids=lambda path: path.name)
@@ -128,9 +128,9 @@ def test_without_the_line_of_the_gpu_it_is_a_manifest_for_cpus(path, tmp_path):
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not on the path")
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_kubectl_reads_what_we_read(path):
-    command = ["kubectl", "annotate", "--local", "-o", "json", "-f", path, "read=yes"]
+    command = ["kubectl", "label", "--local", "-o", "json", "-f", path, "read=yes"]
     read = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    assert read["metadata"].pop("annotations") == {"read": "yes"}
+    assert read["metadata"].pop("labels") == {"read": "yes"}
     assert read == load(path)
 
 
