@@ -43,6 +43,7 @@ lint: .venv/tests
 
 .venv/tests: .venv/notebook requirements-dev.in requirements-dev.txt
 	$(UV) pip install --compile-bytecode --python $(BIN)/python -r requirements-dev.in -c requirements-dev.txt -c requirements.txt
+	UV_TOOL_DIR=.venv/tools UV_TOOL_BIN_DIR=$(BIN) $(UV) tool install --quiet --python $(BIN)/python awscli==1.46.3
 	touch $@
 
 notebook-refresh: .venv/notebook

@@ -173,7 +173,9 @@ def test_nothing_that_was_needed_only_to_build_is_left(engine, image, request):
     assert left == []
     ours = {path.relative_to("/app").parts[0] for path in paths if path.is_relative_to("/app")}
     expected = {"LICENSE", "datasets", "mnist.py", "requirements.in", "requirements.txt"}
-    assert ours == expected | ({"notebooks", "pytorchjob-mnist.yaml"} if "notebook" in image else set())
+    assert ours == expected | (
+        {"docker", "notebooks", "pytorchjob-mnist.yaml"} if "notebook" in image else set()
+    )
 
 
 def test_history_holds_no_password_and_no_certificate(engine, mnist):

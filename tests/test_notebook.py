@@ -50,6 +50,7 @@ ON_A_SLICE = [
     "check-several-processes",
     "define-step",
     "build-the-image",
+    "append-to-the-image",
     "manifest",
     "put-parameters-into-the-manifest",
     "read-the-manifest",
@@ -237,6 +238,7 @@ BAD = {
     "seed": ["abc", 1.5, True, None],
     "num_processes": ["abc", 0, -1, 1.5, True, 17, 1000],
     "image": ["", "two words", "a;b", "$(id)", 1, None, True],
+    "base_image": ["two words", "a;b", "$(id)", 1, None, True],
     "job_epochs": ["abc", 0, 1.5, True],
     "workers": ["abc", 0, -1, 1.5, True],
     "gpu": ["true", 1, None],
@@ -249,6 +251,7 @@ GOOD = {
     "seed": [0, -7, 2**70],
     "num_processes": [1, 16],
     "image": ["a", "registry.example.com:5000/team/name-1_x:v1.0", "name@sha256:0a"],
+    "base_image": ["", "registry.example.com:5000/team/name:v1"],
     "job_epochs": [1],
     "workers": [1, 100],
     "gpu": [True, False],
@@ -306,12 +309,17 @@ WITHOUT_TRAINING = [
 ]
 
 
-def submit_in(folder, **environment):
+def submit_in(folder, names=WITHOUT_TRAINING, change=("", ""), parameters=(), **environment):
     """Run the chapters on image and job with submit=True. Returns (exit code, all that was printed)."""
     project = folder / "project"
-    shutil.copytree(ROOT / "kubernetes", project / "kubernetes", dirs_exist_ok=True)
-    save([CELLS[name].copy() for name in WITHOUT_TRAINING], project)
+    for name in ("kubernetes", "docker"):
+        shutil.copytree(ROOT / name, project / name, dirs_exist_ok=True)
+    cells = [CELLS[name].copy() for name in names]
+    for cell in cells:
+        cell.source = cell.source.replace(*change)
+    save(cells, project)
     arguments = ("notebooks/mnist.ipynb", folder / "out.ipynb", "-p", "submit", "True", "--log-output")
+    arguments += tuple(word for parameter in parameters for word in ("-p", *parameter))
     return run(project, "-m", "papermill", *arguments, DOCKER_HOST="unix:///nowhere", **environment)
 
 
@@ -377,10 +385,10 @@ TROUBLE = {
         [CLAIMED, CREATED],
         r"Nothing was created: Error from server \(Forbidden\): .*",
     ),
-    "the job fails": (
-        {"end": "Failed"},
+    "the job fails, and its pods are gone": (
+        {"end": "Failed", "log": "the last words\n"},
         [CLAIMED, CREATED],
-        r"pytorchjob\.kubeflow\.org/pytorchjob-mnist failed: see its log above\.",
+        r"pytorchjob\.kubeflow\.org/pytorchjob-mnist failed: see the end of its pods' logs above\.",
     ),
 }
 
@@ -393,6 +401,10 @@ def test_a_step_that_goes_wrong_is_the_last_one(trouble, tmp_path):
         assert code == 1
         assert re.search(rf"^RuntimeError: {sentence}$", output, re.MULTILINE), output
         assert cluster.changes == changes
+        last_words = re.findall(
+            r"^\[pod/pytorchjob-mnist-(.+)/pytorch\] the last words$", output, re.MULTILINE
+        )
+        assert last_words == (["master-0", "worker-0", "worker-1"] if "log" in settings else [])
 
 
 def test_nobody_waits_for_a_job_that_is_gone(tmp_path, monkeypatch):
@@ -400,7 +412,8 @@ def test_nobody_waits_for_a_job_that_is_gone(tmp_path, monkeypatch):
     with ApiServer() as cluster:
         monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig(tmp_path)))
         name = "pytorchjob.kubeflow.org/pytorchjob-mnist"
-        wait_for = execute("define-wait-for", subprocess=subprocess, PYTORCH_JOB=name)["wait_for"]
+        variables = {"subprocess": subprocess, "PYTORCH_JOB": name, "job_name": "pytorchjob-mnist"}
+        wait_for = execute("define-wait-for", **variables)["wait_for"]
         with pytest.raises(RuntimeError, match=r"^pytorchjob\.kubeflow\.org/pytorchjob-mnist is gone: "):
             wait_for("Succeeded", minutes=1)
 
