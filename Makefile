@@ -78,4 +78,5 @@ system-packages:
 	command -v dockerd || docker info > /dev/null 2>&1 || apt-get install -y -qq --no-install-recommends docker.io $$(apt-cache pkgnames docker- | grep -xE 'docker-(cli|buildx)')
 	command -v runc || apt-get install -y -qq --no-install-recommends runc
 	command -v chromium || command -v google-chrome || apt-get install -y -qq --no-install-recommends chromium
+	for package in docker-registry podman skopeo; do command -v $$package || apt-get install -y -qq --no-install-recommends $$package || exit; done
 	command -v kubectl || apt-get install -y -qq --no-install-recommends kubernetes-client

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,9 +21,12 @@ import requests
 from api_server import ApiServer
 from conftest import ROOT, free_port, make_small_project, need, run
 from engine import BASE_IMAGE, running_engine
+from test_image import CHAPTERS, WITH_A_REGISTRY
 from test_notebook import ON_A_SLICE, PARTS, WITHOUT_TRAINING, submit_in
 
 APPEND = ROOT / "docker" / "append.py"
+PACKAGES = Path(pytest.__file__).parents[1]  # of this environment
+WITH_PYTORCH = (f"--volume={PACKAGES}:/packages:ro", "--env=PYTHONPATH=/packages")
 # One line of the log, changed.
 BEFORE, CHANGED = 'f"Test accuracy: {', 'f"Accuracy in the test: {'
 
@@ -123,12 +128,10 @@ def log_of(engine, image, *arguments):
     """Pull an image, run it with this environment's PyTorch, and return its log."""
     engine("image", "rm", image)
     engine.must("pull", image)
-    packages = Path(pytest.__file__).parents[1]
     python = engine.must("run", "--rm", "--network=none", "--entrypoint=ls", image, "/usr/local/lib")
-    if packages.parent.name not in python.split():
-        pytest.skip(f"{BASE_IMAGE} has another Python than {packages}")
-    options = ("--network=none", "--cap-drop=ALL", f"--volume={packages}:/packages:ro")
-    return engine.must("run", "--rm", *options, "--env=PYTHONPATH=/packages", image, *arguments)
+    if PACKAGES.parent.name not in python.split():
+        pytest.skip(f"{BASE_IMAGE} has another Python than {PACKAGES}")
+    return engine.must("run", "--rm", "--network=none", "--cap-drop=ALL", *WITH_PYTORCH, image, *arguments)
 
 
 def look(engine, image):
@@ -213,6 +216,64 @@ def test_the_notebook_puts_a_changed_trainer_into_an_image_without_an_engine(eng
     for replica in job["spec"]["pytorchReplicaSpecs"].values():
         assert replica["template"]["spec"]["containers"][0]["image"] == image
     assert CHANGED.strip('f"{') in log_of(engine, image, "--dry-run")
+
+
+# --- The guide ----------------------------------------------------------------------------------
+
+# The programs of the guide are told what is different here.
+SHIM = """#!/bin/sh
+program=${{0##*/}} command=$1
+shift
+case "$program $command" in
+    "docker run") exec {docker} run --network=none {with_pytorch} "$@" ;;
+    "podman build") exec {podman} build --tls-verify=false --network=host {build} "$@" ;;
+    podman*) exec {podman} "$command" --tls-verify=false "$@" ;;
+    skopeo*) exec {skopeo} "$command" --tls-verify=false "$@" ;;
+    docker*) exec {docker} "$command" "$@" ;;
+    python*) exec {python} "$command" "$@" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("chapter", WITH_A_REGISTRY)
+def test_every_command_of_the_guide_works_with_a_registry(
+    chapter, engine, registry, base, bare, project, tmp_path
+):
+    for name in ("podman", "skopeo"):
+        need(name, name)
+    images = tempfile.mkdtemp(prefix="podman.", dir="/var/tmp")
+    words = {
+        "docker": shutil.which(engine.program),
+        "python": sys.executable,
+        "skopeo": shutil.which("skopeo"),
+    }
+    words |= {"podman": f"{shutil.which('podman')} --root {images}/root --runroot {images}/run"}
+    words |= {"with_pytorch": " ".join(WITH_PYTORCH)}
+    words |= {"build": f"--build-arg=BASE_IMAGE={bare} --build-arg=REQUIREMENTS=requirements-none.in"}
+    for name in ("docker", "podman", "python", "skopeo"):
+        (tmp_path / name).write_text(SHIM.format(**words))
+        (tmp_path / name).chmod(0o755)
+    engine.must("tag", base, "mnist")
+    engine.must("tag", bare, f"{registry}/you/python:1")
+    engine.must("push", f"{registry}/you/python:1")
+    environment = engine.environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    log = ""
+    try:
+        for block in re.findall(r"(?<!-->\n)```bash\n(.*?)^```$", CHAPTERS[chapter], re.M | re.S):
+            block = block.replace("registry.example.org", registry)
+            command = ["bash", "-euxo", "pipefail", "-c", block]
+            options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            shell = subprocess.run(command, cwd=project, env=environment, **options)
+            assert shell.returncode == 0, shell.stdout
+            log += shell.stdout
+    finally:
+        shutil.rmtree(images)
+    if chapter == "Share":
+        assert re.search(r"^accuracy=0\.\d+$", log, re.M), log
+        assert f'"Name": "{registry}/you/mnist"' in log
+    else:
+        for image in ("digits:1", "digits:2", "mnist:2", "mnist:3"):
+            assert "Test accuracy: " in log_of(engine, f"{registry}/you/{image}", "--dry-run")
 
 
 # --- What it says -------------------------------------------------------------------------------
