@@ -122,7 +122,7 @@ def test_linters_find_nothing_in_the_dockerfile_and_the_script():
 
 def test_the_init_of_the_images_is_the_one_that_the_replay_of_the_jobs_tries():
     pin = re.search(r"dumb-init==[\w.]+", (ROOT / "Dockerfile").read_text())[0]
-    assert f"\n{pin} ;" in (ROOT / "requirements-dev.txt").read_text()
+    assert f"\n{pin} ;" in (ROOT / "requirements.txt").read_text()
 
 
 # --- The trainer's image ------------------------------------------------------------------------

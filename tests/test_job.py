@@ -27,7 +27,7 @@ TRAIN, TEST = 400, 200
 def project(tmp_path_factory):
     need_hosts()
     need("runc", "runc")
-    need(Path(sys.executable).with_name("dumb-init"), "the packages of requirements-dev.txt")
+    need(Path(sys.executable).with_name("dumb-init"), "the packages of requirements.txt")
     return make_small_project(tmp_path_factory.mktemp("job") / "project", TRAIN, TEST)
 
 
