@@ -3,6 +3,7 @@
 # whoever runs an image must be able to read it, and the builder's umask may forbid that.
 
 ARG BASE_IMAGE=python:3.11-slim
+ARG DATA=digits
 FROM ${BASE_IMAGE} AS python
 WORKDIR /app
 # Any user may run the images, even one without a home.
@@ -21,16 +22,21 @@ COPY --from=uv /usr/local/bin/dumb-init /usr/local/bin/
 ARG UV_DEFAULT_INDEX
 ARG UV_TORCH_BACKEND
 ARG REQUIREMENTS=docker/requirements.in
+ARG VERSIONS=requirements.txt
 COPY --chmod=644 ${REQUIREMENTS} requirements.in
-COPY --chmod=644 requirements.txt ./
+COPY --chmod=644 ${VERSIONS} requirements.txt
 RUN --mount=from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
     uv pip install --system --system-certs --no-cache --compile-bytecode \
     -r requirements.in -c requirements.txt && rm -f /tmp/uv-*.lock
 
 # The digits, packed for the notebook and unpacked for the trainer, with the sums by which it checks them.
-FROM python AS data
+FROM python AS digits
 COPY datasets datasets
 RUN gunzip --keep datasets/MNIST/raw/*.gz && chmod -R u=rwX,go=rX datasets
+
+# DATA names what comes along with the trainer: the digits, or nothing.
+FROM python AS nothing
+FROM ${DATA} AS data
 
 FROM packages AS notebook
 LABEL org.opencontainers.image.title="MNIST tutorial in JupyterLab" \
@@ -43,7 +49,7 @@ COPY --chmod=644 requirements.in ./
 RUN --mount=from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
     uv pip install --system --system-certs --no-cache --compile-bytecode \
     -r requirements.in -c requirements.txt && rm -f /tmp/uv-*.lock
-COPY --from=data /app/datasets datasets
+COPY --from=digits /app/datasets datasets
 # The notebook writes the trainer and the manifest, so any user of group 0 may.
 COPY --chmod=664 LICENSE mnist.py pytorchjob-mnist.yaml ./
 COPY --chmod=664 notebooks/mnist.ipynb notebooks/draw.js notebooks/
@@ -56,15 +62,18 @@ ENTRYPOINT ["dumb-init", "--"]
 CMD ["jupyter", "lab", "--ip=0.0.0.0", "--no-browser"]
 
 FROM packages AS trainer
-LABEL org.opencontainers.image.title="MNIST trainer" \
-      org.opencontainers.image.licenses="Apache-2.0 AND CC-BY-SA-3.0"
+ARG TITLE="MNIST trainer"
+ARG LICENSES="Apache-2.0 AND CC-BY-SA-3.0"
+LABEL org.opencontainers.image.title="${TITLE}" \
+      org.opencontainers.image.licenses="${LICENSES}"
 RUN install -d -m 775 output
-COPY --from=data /app/datasets datasets
+COPY --from=data /app ./
 COPY --chmod=644 LICENSE ./
-# Last, for it changes most. A trainer of your own takes the place of mnist.py.
+# Last, for it changes most: mnist.py, or a trainer of your own, which keeps its place in the project.
 ARG TRAINER=mnist.py
-COPY --chmod=644 ${TRAINER} mnist.py
+ENV TRAINER=${TRAINER}
+COPY --chmod=644 ${TRAINER} ${TRAINER}
 USER 1000:0
 # The first process of a container is deaf to signals that it has not asked for, and inherits all orphans. So
 # it is an init. It passes signals on to the trainer alone, which knows what its own processes should do.
-ENTRYPOINT ["dumb-init", "--single-child", "--", "python", "mnist.py"]
+ENTRYPOINT ["dumb-init", "--single-child", "--", "sh", "-c", "exec python \"$TRAINER\" \"$@\"", "sh"]

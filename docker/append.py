@@ -16,8 +16,8 @@ from oras.provider import Registry
 
 PLATFORM = "linux/" + {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 # What the Dockerfile sets for its trainer: a test compares.
-VARIABLES = {"HOME": "/tmp", "PYTHONUNBUFFERED": "1"}
-ENTRYPOINT = ["dumb-init", "--single-child", "--", "python", "mnist.py"]
+VARIABLES = {"HOME": "/tmp", "PYTHONUNBUFFERED": "1", "TRAINER": "mnist.py"}
+ENTRYPOINT = ["dumb-init", "--single-child", "--", "sh", "-c", 'exec python "$TRAINER" "$@"', "sh"]
 SETTINGS = {"Entrypoint": ENTRYPOINT, "Cmd": None, "User": "1000:0", "WorkingDir": "/app"}
 # What a manifest calls a layer: docker's word, and the one of https://github.com/opencontainers/image-spec.
 DOCKER_TO_OCI = ("docker.image.rootfs.diff.tar.", "oci.image.layer.v1.tar+")

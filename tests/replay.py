@@ -29,8 +29,8 @@ TIDY_AFTER = 2  # seconds, until the operator hears of the end: by then the work
 
 
 def dockerfile(instruction):
-    """Return what the last such instruction of the Dockerfile says: that of the trainer's image."""
-    return re.findall(rf"^{instruction} (.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[-1]
+    """Return what such instructions of the Dockerfile say; the last are those of the trainer's image."""
+    return re.findall(rf"^{instruction} (.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
 
 
 class Replay(Network):
@@ -97,7 +97,7 @@ class Replay(Network):
 
 def make_image(folder, project):
     """Make a folder that has what the image has: the small project's trainer and digits, and this Python."""
-    app = folder / dockerfile("WORKDIR").strip("/")
+    app = folder / dockerfile("WORKDIR")[-1].strip("/")
     shutil.copytree(project / "datasets", app / "datasets")
     shutil.copy(project / "mnist.py", app)
     return folder
@@ -166,7 +166,7 @@ class RunningPod:
         pod, container, safety = self.pod.spec, self.pod.container, self.pod.container["securityContext"]
         limits = container["resources"]["limits"]
         user = pod["securityContext"]
-        entry_point = json.loads(dockerfile("ENTRYPOINT"))  # its init is looked for beside this Python
+        entry_point = json.loads(dockerfile("ENTRYPOINT")[-1])  # its init is looked for beside this Python
         arguments = container.get("command", entry_point) + container.get("args", [])
         namespaces = [{"type": kind} for kind in ("mount", "pid", "uts", "ipc")]
         namespaces.append({"type": "network", "path": f"/run/netns/{self.host.name}"})
@@ -176,7 +176,7 @@ class RunningPod:
             "root": {"path": str(self.job.image), "readonly": safety["readOnlyRootFilesystem"]},
             "process": {
                 "args": arguments,
-                "cwd": dockerfile("WORKDIR"),
+                "cwd": dockerfile("WORKDIR")[-1],
                 "env": [f"{name}={value}" for name, value in self.environment(limits).items()],
                 "user": {"uid": user["runAsUser"], "gid": 0, "additionalGids": [user["fsGroup"]]},
                 "noNewPrivileges": not safety["allowPrivilegeEscalation"],
@@ -192,7 +192,8 @@ class RunningPod:
     def environment(self, limits):
         """Return the image's variables, then the manifest's, then the operator's, which win."""
         variables = {"PATH": f"{sys.prefix}/bin:/usr/bin:/bin", "HOSTNAME": self.name}
-        variables |= dict(word.split("=") for word in dockerfile("ENV").split())
+        variables |= dict(word.split("=") for line in dockerfile("ENV") for word in line.split())
+        variables["TRAINER"] = "mnist.py"  # where the Dockerfile has its argument
         for variable in self.pod.container.get("env", []):
             source = variable.get("valueFrom", {}).get("resourceFieldRef", {}).get("resource")
             assert source in (None, "limits.cpu"), f"the replay does not know {source}"

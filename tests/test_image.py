@@ -146,7 +146,9 @@ def test_the_image_says_who_runs_it_and_what(engine, mnist):
     config = json.loads(engine.must("image", "inspect", mnist))[0]["Config"]
     assert config["User"] == "1000:0"
     assert config["WorkingDir"] == "/app"
-    assert config["Entrypoint"] == ["dumb-init", "--single-child", "--", "python", "mnist.py"]
+    command = ["sh", "-c", 'exec python "$TRAINER" "$@"', "sh"]
+    assert config["Entrypoint"] == ["dumb-init", "--single-child", "--", *command]
+    assert "TRAINER=mnist.py" in config["Env"]
     assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0 AND CC-BY-SA-3.0"
 
 
@@ -512,7 +514,7 @@ exec {program} "$command" "$@"
 GUIDE = re.split(r"^## (.+)\n", (ROOT / "docs/containers.md").read_text(), flags=re.M)
 CHAPTERS = dict(zip(GUIDE[1::2], GUIDE[2::2], strict=True))
 WITH_A_REGISTRY = ("Share", "Without an engine")  # tests/test_registry.py runs these
-MISSING = {"PyTorch's package index", "a GPU", "a registry and Apptainer", "a cluster"}
+MISSING = {"PyTorch's package index", "a GPU", "a registry and Apptainer", "a cluster", "the hub and a GPU"}
 
 # What the commands of a chapter print, when they do what they should.
 PRINTED = {

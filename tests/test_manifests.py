@@ -104,10 +104,8 @@ def test_several_processes_a_pod_are_the_change_of_one_number(path, field, value
 
 def test_katib_alone_is_told_how_the_trainer_starts():
     assert [path for path in FILES if '"command"' in json.dumps(load(path))] == [EXPERIMENT]
-    entry_point = json.loads(
-        re.findall("^ENTRYPOINT (.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[-1]
-    )
-    assert container(trial(load(EXPERIMENT), "min"))["command"] == entry_point[entry_point.index("--") + 1 :]
+    trainer = re.search("^ARG TRAINER=(.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1]
+    assert container(trial(load(EXPERIMENT), "min"))["command"] == ["python", trainer]
 
 
 def test_every_claim_that_a_pod_mounts_is_the_one_in_kubernetes():
