@@ -3,7 +3,6 @@
 # whoever runs an image must be able to read it, and the builder's umask may forbid that.
 
 ARG BASE_IMAGE=python:3.11-slim
-ARG DATA=digits
 FROM ${BASE_IMAGE} AS python
 WORKDIR /app
 # Any user may run the images, even one without a home.
@@ -29,14 +28,16 @@ RUN --mount=from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
     uv pip install --system --system-certs --no-cache --compile-bytecode \
     -r requirements.in -c requirements.txt && rm -f /tmp/uv-*.lock
 
-# The digits, packed for the notebook and unpacked for the trainer, with the sums by which it checks them.
-FROM python AS digits
+# The digits, packed for the notebook and unpacked for the trainer, with the sums by which it checks them. A
+# trainer of something else takes nothing along.
+FROM python AS data
+ARG DATA=digits
 COPY datasets datasets
-RUN gunzip --keep datasets/MNIST/raw/*.gz && chmod -R u=rwX,go=rX datasets
-
-# DATA names what comes along with the trainer: the digits, or nothing.
-FROM python AS nothing
-FROM ${DATA} AS data
+RUN case $DATA in \
+        digits) gunzip --keep datasets/MNIST/raw/*.gz ;; \
+        nothing) rm -r datasets ;; \
+        *) echo "DATA is $DATA: it must be digits or nothing" && exit 1 ;; \
+    esac && chmod -R u=rwX,go=rX .
 
 FROM packages AS notebook
 LABEL org.opencontainers.image.title="MNIST tutorial in JupyterLab" \
@@ -49,7 +50,7 @@ COPY --chmod=644 requirements.in ./
 RUN --mount=from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
     uv pip install --system --system-certs --no-cache --compile-bytecode \
     -r requirements.in -c requirements.txt && rm -f /tmp/uv-*.lock
-COPY --from=digits /app/datasets datasets
+COPY --from=data /app/datasets datasets
 # The notebook writes the trainer and the manifest, so any user of group 0 may.
 COPY --chmod=664 LICENSE mnist.py pytorchjob-mnist.yaml ./
 COPY --chmod=664 notebooks/mnist.ipynb notebooks/draw.js notebooks/
