@@ -54,7 +54,7 @@ COPY --from=data /app/datasets datasets
 # The notebook writes the trainer and the manifest, so any user of group 0 may.
 COPY --chmod=664 LICENSE mnist.py pytorchjob-mnist.yaml ./
 COPY --chmod=664 notebooks/mnist.ipynb notebooks/draw.js notebooks/
-COPY --chmod=644 docker/append.py docker/
+COPY --chmod=644 docker/*.py docker/
 RUN mkdir output && chmod 775 . output notebooks
 USER 1000:0
 EXPOSE 8888

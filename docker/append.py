@@ -1,120 +1,117 @@
-"""Put a trainer on top of an image that a registry has, and push the result: no engine, no root, seconds."""
+"""Put a trainer on top of an image that a registry has, and push the result: no engine, no root, seconds.
+
+    python docker/append.py --base registry.example.org/you/mnist:1 --image registry.example.org/you/mnist:2
+
+An image is a list of layers, which are tar files, and a configuration that says what to start. So one more
+layer and a changed configuration make a new image, and what lies below stays where it is. The formats:
+https://github.com/opencontainers/image-spec
+"""
 
 import argparse
+import hashlib
 import json
 import os
 import platform
 import sys
 import tarfile
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from oras.container import Container
-from oras.oci import NewLayer
-from oras.provider import Registry
+try:
+    from oras.oci import NewLayer
+    from registry import Client, parse
+except ModuleNotFoundError as error:
+    sys.exit(f"append.py: {error}: try {sys.executable} -m pip install oras dumb-init")
 
-PLATFORM = "linux/" + {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+MACHINES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64"}
+PLATFORM = f"linux/{MACHINES.get(platform.machine(), platform.machine())}"
 # What the Dockerfile sets for its trainer: a test compares.
 VARIABLES = {"HOME": "/tmp", "PYTHONUNBUFFERED": "1", "TRAINER": "mnist.py"}
 ENTRYPOINT = ["dumb-init", "--single-child", "--", "sh", "-c", 'exec python "$TRAINER" "$@"', "sh"]
 SETTINGS = {"Entrypoint": ENTRYPOINT, "Cmd": None, "User": "1000:0", "WorkingDir": "/app"}
-# What a manifest calls a layer: docker's word, and the one of https://github.com/opencontainers/image-spec.
-DOCKER_TO_OCI = ("docker.image.rootfs.diff.tar.", "oci.image.layer.v1.tar+")
+INIT = Path(sys.executable).with_name("dumb-init")
 
 
-class Client(Registry):
-    """The registry of an image, with docker's credentials for it. Raises ValueError where it says no."""
-
-    def __init__(self, image):
-        super().__init__(insecure=image.registry.startswith(("localhost:", "127.")))  # docker's own rule
-        self.session.request = partial(self.session.request, timeout=60)
-        self.auth.authenticate_request = self.authenticate
-        config = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker", "config.json")
-        self.auth.load_configs(image, [str(config)] if config.exists() else [])
-        known = self.auth._auth_config["auths"]  # Docker Hub by its address, the others by their host
-        known |= {name.split("/")[2]: password for name, password in known.items() if "://" in name}
-        self.auth.load_configs(image)
-
-    def authenticate(self, answer, headers, refresh=True):
-        """Show what is asked for: the password itself, or a token that is good for this very request."""
-        if answer.headers.get("Www-Authenticate", "").startswith("Basic "):
-            return {**headers, "Authorization": f"Basic {getattr(self.auth, '_basic_auth', '')}"}, True
-        return type(self.auth).authenticate_request(self.auth, answer, headers, refresh=True)[0], True
-
-    def do_request(self, url, method="GET", **options):
-        """Ask once; oras would go on for two minutes."""
-        host, _, name = url.split("://")[1].split("?")[0].replace("/manifests/", ":").partition("/v2/")
-        try:
-            answer = Registry.do_request.__wrapped__(self, url, method, **options)
-        except OSError as error:
-            raise ValueError(f"no registry answers at {host}: {error}") from error
-        if answer.status_code >= 400 and method != "HEAD":
-            reason = "has no" if answer.status_code == 404 else "refuses"
-            raise ValueError(f"{host} {reason} {name} ({answer.reason}); docker login {host} may help")
-        return answer
-
-    def read(self, image):
-        """Return an image's manifest and configuration; of several, those for this machine's platform."""
-        manifest = self.get_manifest(image)
-        for each in manifest.get("manifests", []):
-            if "{os}/{architecture}".format(**each["platform"]) == PLATFORM:
-                image.digest = each["digest"]
-                return self.read(image)
-        config = self.get_blob(image, manifest["config"]["digest"]).json() if "config" in manifest else {}
-        if f"{config.get('os')}/{config.get('architecture')}" != PLATFORM:
-            raise ValueError(f"{image} is not for {PLATFORM}")
-        return manifest, config
+def read(registry, image, wanted):
+    """Return an image's manifest and configuration; of several, those for the wanted platform."""
+    manifest = registry.get_manifest(image)
+    for each in manifest.get("manifests", []):
+        runs_on = each.get("platform") or {}
+        if f"{runs_on.get('os')}/{runs_on.get('architecture')}" == wanted:
+            image.digest = each["digest"]
+            return read(registry, image, wanted)
+    config = registry.get_blob(image, manifest["config"]["digest"]).json() if "config" in manifest else {}
+    if f"{config.get('os')}/{config.get('architecture')}" != wanted:
+        raise ValueError(f"{image} is not for {wanted}: see --platform")
+    return manifest, config
 
 
 def settle(entry):
     """Make an entry of a tar file root's, and of 1970: the same files make the same layer."""
-    mode = 0o775 if entry.name == "app/output" else 0o755 if entry.mode & 0o100 else 0o644
-    return entry.replace(mode=mode, uid=0, gid=0, uname="", gname="", mtime=0, deep=False)
+    entry.mode = 0o775 if entry.name == "app/output" else 0o755 if entry.mode & 0o100 else 0o644
+    entry.uid, entry.gid, entry.uname, entry.gname, entry.mtime = 0, 0, "", "", 0
+    return entry
 
 
-def append(registry, base, image, files):
+def change(config, digest):
+    """Add a layer to a configuration, and what the trainer wants."""
+    settings = config["config"] = config.get("config") or {}
+    variables = dict(each.partition("=")[::2] for each in settings.get("Env") or []) | VARIABLES
+    settings.update(SETTINGS, Env=[f"{name}={value}" for name, value in variables.items()])
+    layers = config["rootfs"]["diff_ids"]
+    config["history"] = config.get("history") or [{} for _ in layers]
+    config["history"].append({"created": config.get("created"), "created_by": "docker/append.py"})
+    layers.append(digest)
+
+
+def append(registry, base, image, wanted, files):
     """Push `image`: `base` with {name: file, folder, or None for an empty one} on top. Returns its digest."""
-    manifest, config = registry.read(base)
-    mount = f"{registry.prefix}://{image.upload_blob_url()}?from={base.api_prefix}&mount="
+    manifest, config = read(registry, base, wanted)
+    mount = f"{registry.address}v2/{image.api_prefix}/blobs/uploads/?from={base.api_prefix}&mount="
     for layer in manifest["layers"]:  # the registry has them, but perhaps under another name only
-        layer["mediaType"] = layer["mediaType"].replace(*DOCKER_TO_OCI)
+        kind = layer["mediaType"].replace("docker.image.rootfs.diff", "oci.image.layer.v1")
+        layer["mediaType"] = kind.replace("tar.", "tar+")
         there = registry.blob_exists(layer, image)
         if not there and registry.do_request(mount + layer["digest"], "POST").status_code != 201:
             raise ValueError(f"{image.registry} shares no layers: let --image be another tag of {base}")
-    settings = config["config"]
-    if "dumb-init" not in (settings.get("Entrypoint") or []):
-        files["usr/local/bin/dumb-init"] = Path(sys.executable).with_name("dumb-init")
-    variables = dict(each.split("=", 1) for each in settings.get("Env") or []) | VARIABLES
-    settings.update(SETTINGS, Env=[f"{name}={value}" for name, value in variables.items()])
+    if "dumb-init" not in ((config.get("config") or {}).get("Entrypoint") or []):
+        if not INIT.exists():
+            raise ValueError(f"{base} has no dumb-init, nor has this Python: pip install dumb-init")
+        files["usr/local/bin/dumb-init"] = INIT
     with TemporaryDirectory() as folder:
         with tarfile.open(f"{folder}/layer", "w", dereference=True) as tar:
             for name, source in files.items():
                 tar.add(source or folder, name, recursive=bool(source), filter=settle)
-        layer = NewLayer(f"{folder}/layer", "application/vnd.oci.image.layer.v1.tar")
-        registry.upload_blob(f"{folder}/layer", image, layer)
-        manifest["layers"].append(layer)
-        config["rootfs"]["diff_ids"].append(layer["digest"])
-        config.setdefault("history", []).append({"created": config.get("created"), "created_by": "append.py"})
+        manifest["layers"].append(NewLayer(f"{folder}/layer", "application/vnd.oci.image.layer.v1.tar"))
+        registry.upload_blob(f"{folder}/layer", image, manifest["layers"][-1])
+        change(config, manifest["layers"][-1]["digest"])
         Path(folder, "config").write_text(json.dumps(config))
         manifest["config"] = NewLayer(f"{folder}/config", "application/vnd.oci.image.config.v1+json")
         registry.upload_blob(f"{folder}/config", image, manifest["config"])
     manifest["mediaType"] = "application/vnd.oci.image.manifest.v1+json"
-    return registry.upload_manifest(manifest, image).headers["Docker-Content-Digest"]
+    pushed = registry.upload_manifest(manifest, image).request.body  # last, so the tag is never half an image
+    return f"sha256:{hashlib.sha256(pushed).hexdigest()}"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--base", required=True, help="image with Python and PyTorch, in the same registry")
-    parser.add_argument("--image", required=True, help="name of the new image")
+    parser.add_argument("--base", required=True, type=parse, help="image with Python and PyTorch")
+    parser.add_argument(
+        "--image", required=True, type=parse, help="name of the new one, in the same registry"
+    )
     parser.add_argument("--trainer", default="mnist.py", help="(default: %(default)s)")
     parser.add_argument("--data", help="folder of the digits, if the base has none")
+    parser.add_argument("--platform", default=PLATFORM, help="of the base's variants (default: %(default)s)")
     args = parser.parse_args()
-    base, image = (Container(name, "index.docker.io") for name in (args.base, args.image))
-    if base.registry != image.registry:
-        parser.error(f"{base} and {image} are not in the same registry")
+    if args.base.registry != args.image.registry:
+        parser.error(f"{args.base} and {args.image} are not in the same registry")
+    if args.image.digest:
+        parser.error("--image takes a name and a tag: the digest comes out")
     files = {"app": None, "app/output": None, "app/mnist.py": args.trainer, "app/datasets": args.data}
     try:
-        print(f"{args.image}@{append(Client(image), base, image, files)}")
+        Path(args.trainer).read_bytes(), args.data and os.listdir(args.data)  # a file, and a folder
+        print(
+            f"{args.image}@{append(Client(args.image.registry), args.base, args.image, args.platform, files)}"
+        )
     except (OSError, ValueError) as error:
         sys.exit(f"append.py: {error}")

@@ -239,8 +239,8 @@ def test_every_command_of_the_guide_works_with_a_registry(chapter, engine, regis
         "skopeo": with_more(skopeo, {"inspect": plain, "list-tags": plain}),
     }
     engine.must("tag", base, "mnist")
-    engine.must("tag", bare, f"{registry}/you/python:1")
-    engine.must("push", f"{registry}/you/python:1")
+    engine.must("tag", bare, f"{registry}/you/pytorch:1")
+    engine.must("push", f"{registry}/you/pytorch:1")
     try:
         log = run_chapter(chapter, project, programs, engine.environment, ("registry.example.org", registry))
     finally:
@@ -267,7 +267,7 @@ def sentence(folder, base, image, *more, **environment):
 
 def test_a_base_that_is_not_there_is_named(registry, changed):
     said = sentence(changed, f"{registry}/you/none:7", f"{registry}/you/mnist:7")
-    assert f"{registry} has no you/none:7" in said
+    assert f"{registry} says of you/none:7: manifest unknown; docker login {registry} may help" in said
 
 
 def test_a_registry_that_is_not_there_is_named_at_once(changed):
@@ -282,28 +282,30 @@ def test_a_trainer_that_is_not_there_is_named_and_nothing_is_pushed(engine, base
     assert engine("pull", f"{base}-none")[0] != 0
 
 
+def test_data_that_are_no_folder_are_named(base, changed):
+    assert "Not a directory: 'mnist.py'" in sentence(changed, base, f"{base}-none", "--data", "mnist.py")
+
+
 def test_images_of_two_registries_are_bad_usage(changed):
     code, output = append(changed, "one.example.org/a:1", "other.example.org/a:2")
     assert code == 2
     assert "one.example.org/a:1 and other.example.org/a:2 are not in the same registry\n" in output
 
 
-def push_as(address, name, tag, architecture):
-    """Give an image of the registry's a new tag, for which it says that it is for another architecture."""
+def push_as(base, tag, **changes):
+    """Give an image in a registry another tag, and changes to its configuration. Returns an index's entry."""
+    address, name, of_base = re.fullmatch(r"([^/]+)/(.+):(.+)", base).groups()
     url = f"http://{address}/v2/{name}"
     kind = "application/vnd.docker.distribution.manifest.v2+json"
-    manifest = requests.get(f"{url}/manifests/1", headers={"Accept": kind}).json()
-    config = requests.get(f"{url}/blobs/{manifest['config']['digest']}").json() | {
-        "architecture": architecture
-    }
+    manifest = requests.get(f"{url}/manifests/{of_base}", headers={"Accept": kind}).json()
+    config = requests.get(f"{url}/blobs/{manifest['config']['digest']}").json() | changes
     blob = json.dumps(config).encode()
     digest = f"sha256:{hashlib.sha256(blob).hexdigest()}"
     upload = requests.post(f"{url}/blobs/uploads/").headers["Location"]
     requests.put(upload, params={"digest": digest}, data=blob).raise_for_status()
     manifest["config"] |= {"digest": digest, "size": len(blob)}
-    return put_manifest(url, tag, kind, manifest) | {
-        "platform": {"os": "linux", "architecture": architecture}
-    }
+    runs_on = {name: config[name] for name in ("os", "architecture")}
+    return put_manifest(url, tag, kind, manifest) | {"platform": runs_on}
 
 
 def put_manifest(url, tag, kind, manifest):
@@ -316,17 +318,28 @@ def put_manifest(url, tag, kind, manifest):
 
 def test_of_an_image_for_several_machines_the_one_for_this_machine_is_taken(engine, registry, base, changed):
     ours = json.loads(engine.must("image", "inspect", base))[0]["Architecture"]
-    images = [push_as(registry, "you/mnist", name, name) for name in ("riscv64", ours)]
+    images = [push_as(base, name, architecture=name) for name in ("riscv64", ours)]
+    images.insert(0, {name: value for name, value in images[0].items() if name != "platform"})
     kind = "application/vnd.docker.distribution.manifest.list.v2+json"
     several = {"schemaVersion": 2, "mediaType": kind, "manifests": images}
     url = f"http://{registry}/v2/you/mnist"
     put_manifest(url, "several", kind, several)
-    put_manifest(url, "others", kind, several | {"manifests": images[:1]})
+    put_manifest(url, "others", kind, several | {"manifests": images[:2]})
     name = f"{registry}/you/mnist"
     pushed(changed, f"{name}:several", f"{name}:ours")
     assert CHANGED.strip('f"{') in log_of(engine, f"{name}:ours", "--dry-run")
     for tag in ("others", "riscv64"):
         assert f"{name}:{tag} is not for linux/{ours}" in sentence(changed, f"{name}:{tag}", f"{name}:none")
+    pushed(changed, f"{name}:several", f"{name}:theirs", "--platform", "linux/riscv64")
+    engine.must("pull", f"{name}:theirs")
+    assert json.loads(engine.must("image", "inspect", f"{name}:theirs"))[0]["Architecture"] == "riscv64"
+
+
+def test_a_base_may_say_little_of_itself(engine, registry, bare, project):
+    push_as(bare, "little", config=None, history=None, created=None)
+    image = f"{registry}/you/mnist:little"
+    pushed(project, f"{registry}/python:little", image, "--data", "datasets")
+    assert "Test accuracy: " in log_of(engine, image, "--dry-run")
 
 
 # --- Who may do what ----------------------------------------------------------------------------
@@ -349,7 +362,10 @@ def test_a_registry_that_wants_a_password_gets_the_one_of_docker(folder, base, c
         for user in ("nobody", "somebody"):
             variables = docker_config(tmp_path / user, address, user)
             if user == "somebody":
-                pushed(changed, old, new, **variables)
+                # Nothing else counts, wherever else this person has passwords.
+                docker_config(tmp_path / ".docker", address, "nobody")
+                (tmp_path / ".netrc").write_text("default login nobody password secret\n")
+                pushed(changed, old, new, HOME=tmp_path, **variables)
             else:
                 assert f"docker login {address} may help" in sentence(changed, old, new, **variables)
         assert f"docker login {address} may help" in sentence(changed, old, new, DOCKER_CONFIG=tmp_path)
@@ -432,5 +448,6 @@ def test_a_registry_that_wants_tokens_gets_one_for_each_thing_that_is_done(folde
         scopes = {scope for _, *scopes in asked for scope in scopes}
         assert {"repository:you/mnist:pull", "repository:team/mnist:pull,push"} <= scopes
         said = sentence(changed, old, f"{address}/others/mnist:1", **reader)
-        assert f"{address} refuses others/mnist/blobs/uploads/" in said
-        assert f"{address} refuses you/mnist:1" in sentence(changed, old, new, DOCKER_CONFIG=tmp_path)
+        assert f"{address} says of others/mnist/blobs/uploads/: authentication required; docker" in said
+        said = sentence(changed, old, new, DOCKER_CONFIG=tmp_path)
+        assert f"{address} says of you/mnist:1: authentication required; docker login {address} may" in said
