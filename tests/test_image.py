@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, free_port, need
-from engine import BUILD, PERSON, running_engine
+from engine import BUILD, persons_project, running_engine
 from guide import CHAPTERS, GUIDE, run_chapter
 from test_notebook import make_small_tutorial
 
@@ -59,17 +58,8 @@ def little_tutorial(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def project(engine):
-    """A copy of the project, which belongs to a person who is not root if the tests can arrange that."""
-    folder = Path(tempfile.mkdtemp(prefix="person.", dir="/var/tmp"))
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in filter(None, names.stdout.split("\0")):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    (folder / "output").mkdir()
-    if engine.person:
-        subprocess.run(["chown", "--recursive", f"{PERSON}:{PERSON}", folder], check=True)
-    yield folder
-    shutil.rmtree(folder)
+    with persons_project(engine) as folder:
+        yield folder
 
 
 @pytest.fixture

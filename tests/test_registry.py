@@ -12,7 +12,6 @@ import tempfile
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 from urllib.parse import parse_qs, urlsplit
 
@@ -20,13 +19,11 @@ import pytest
 import requests
 from api_server import ApiServer
 from conftest import ROOT, free_port, make_small_project, need, run
-from engine import BASE_IMAGE, running_engine
+from engine import BASE_IMAGE, running_engine, with_packages
 from guide import run_chapter, with_more
 from test_notebook import ON_A_SLICE, PARTS, WITHOUT_TRAINING, submit_in
 
 APPEND = ROOT / "docker" / "append.py"
-PACKAGES = Path(pytest.__file__).parents[1]  # of this environment
-WITH_PYTORCH = (f"--volume={PACKAGES}:/packages:ro", "--env=PYTHONPATH=/packages")
 # One line of the log, changed.
 BEFORE, CHANGED = 'f"Test accuracy: {', 'f"Accuracy in the test: {'
 
@@ -128,10 +125,9 @@ def log_of(engine, image, *arguments):
     """Pull an image, run it with this environment's PyTorch, and return its log."""
     engine("image", "rm", image)
     engine.must("pull", image)
-    python = engine.must("run", "--rm", "--network=none", "--entrypoint=ls", image, "/usr/local/lib")
-    if PACKAGES.parent.name not in python.split():
-        pytest.skip(f"{BASE_IMAGE} has another Python than {PACKAGES}")
-    return engine.must("run", "--rm", "--network=none", "--cap-drop=ALL", *WITH_PYTORCH, image, *arguments)
+    return engine.must(
+        "run", "--rm", "--network=none", "--cap-drop=ALL", *with_packages(engine), image, *arguments
+    )
 
 
 def look(engine, image):
@@ -233,7 +229,7 @@ def test_every_command_of_the_guide_works_with_a_registry(chapter, engine, regis
         f"{plain} --network=host --build-arg=BASE_IMAGE={bare} --build-arg=REQUIREMENTS=requirements-none.in"
     )
     programs = {
-        "docker": with_more(docker, {"run": " ".join(WITH_PYTORCH)}),
+        "docker": with_more(docker, {"run": " ".join(with_packages(engine))}),
         "podman": with_more(podman, {"build": build, "push": plain}),
         "python": with_more(sys.executable, {}),
         "skopeo": with_more(skopeo, {"inspect": plain, "list-tags": plain}),

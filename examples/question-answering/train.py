@@ -1,0 +1,250 @@
+"""Fine-tune a transformer to answer questions about a text: an encoder-decoder such as T5, or a decoder.
+
+    python train.py [--model DIR]                         google/flan-t5-small, or a model in a folder
+    torchrun --standalone --nproc-per-node 2 train.py     in two processes of this machine
+    python train.py --ask QUESTION --context TEXT         the answer of the model in output/model
+
+Exit codes: 0 done; 1 failed, and one line says why; 2 wrong usage; 143 stopped by SIGTERM or Ctrl-C in
+training, after saving a checkpoint: --resume goes on from it.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate.utils import gather_object, reduce
+from torchmetrics.functional.text import squad
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+FIELDS = ("context", "question", "answer")
+PROMPT = "{context}\nQuestion: {question}\nAnswer:"
+MAIN = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
+say = tqdm.write if MAIN else lambda line: None  # above the progress bar, where there is one
+
+
+def read(path):
+    """Return the questions in a file of JSON lines, dicts with FIELDS. Raises OSError or ValueError."""
+    questions = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            question = json.loads(line)
+            missing = [field for field in FIELDS if not question.get(field, "").strip()]
+        except (AttributeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number} is not an object of texts in JSON ({error})") from error
+        if missing:
+            raise ValueError(f"{path}, line {number} has no {missing[0]}")
+        questions.append(question)
+    if not questions:
+        raise ValueError(f"{path} is empty: it needs lines with {', '.join(FIELDS)}")
+    return questions
+
+
+def load(name):
+    """Return a model in float32 and its tokenizer, from a folder or the hub. Raises OSError."""
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        if "question" not in tokenizer.decode(tokenizer(PROMPT).input_ids).lower():
+            raise ValueError("its tokenizer is missing or empty")
+        return kind.from_pretrained(name, dtype=torch.float32), tokenizer
+    except Exception as error:  # of many kinds
+        advice = "it is no folder such as a training writes (--model DIR), and does not come from the hub"
+        raise OSError(f"cannot load the model {name}: {advice} ({error})") from error
+
+
+def encode(question, tokenizer, is_encoder_decoder):
+    """Return a question's tokens for training. The loss looks at the answer alone: -100 hides the rest."""
+    prompt = tokenizer(PROMPT.format(**question)).input_ids
+    text = question["answer"] if is_encoder_decoder else " " + question["answer"]
+    answer = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    if is_encoder_decoder:
+        return {"input_ids": prompt, "labels": answer}
+    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+
+def answer(questions, model, tokenizer):
+    """Return the model's answers: the most probable token at each step, 32 at most."""
+    # A decoder goes on at the right, so its texts are padded at the left: here alone, and not in training.
+    side = "right" if model.config.is_encoder_decoder else "left"
+    texts = [PROMPT.format(**question) for question in questions]
+    batch = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt").to(model.device)
+    prompt, how = batch.input_ids, {"max_new_tokens": 32, "do_sample": False, "use_cache": True}
+    tokens = model.eval().generate(prompt, attention_mask=batch.attention_mask, **how)
+    tokens = tokens if model.config.is_encoder_decoder else tokens[:, prompt.shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+class Stop(transformers.TrainerCallback, transformers.trainer_callback.ExportableState):
+    """Stop if any process is asked to; the library then saves. `flags` go into each checkpoint."""
+
+    def __init__(self, flags):
+        self.flags, self.asked, self.agreed = flags, False, False
+
+    def state(self):
+        return {"args": {"flags": self.flags}, "attributes": {}}
+
+    def on_epoch_begin(self, *_, **__):
+        for number in (signal.SIGTERM, signal.SIGINT):  # Kubernetes sends SIGTERM, and SIGKILL 30 s later
+            signal.signal(number, lambda *_: setattr(self, "asked", True))
+
+    def on_step_end(self, args, state, control, **_):
+        self.agreed = bool(reduce(torch.tensor(float(self.asked), device=args.device), "sum"))
+        control.should_training_stop |= self.agreed
+
+
+class Trainer(transformers.Trainer):
+    """The library's, measured by its answers to the questions in `eval_dataset`. It has a `stop`."""
+
+    def log(self, logs, *_):
+        """Keep figures where checkpoints do, and print none. Raises FloatingPointError."""
+        if not math.isfinite(loss := logs.get("loss", 0)):
+            raise FloatingPointError(f"the loss is {loss}: try a smaller --lr")
+        self.state.log_history.append({"epoch": self.state.epoch} | logs)
+
+    def evaluate(self, *_, **__):
+        """Log exact match and F1 after an epoch, unless that was done before this run was resumed."""
+        epoch, history = self.state.epoch or 0, self.state.log_history
+        if epoch % 1 or any("f1" in entry and entry["epoch"] == epoch for entry in history):
+            return
+        size, rank, world, mine = self.args.eval_batch_size, self.args.process_index, self.args.world_size, []
+        starts = range(0, len(self.eval_dataset), size)  # so batches do not depend on the number of processes
+        for turn in range(0, len(starts), world):
+            self.stop.on_step_end(self.args, self.state, self.control)
+            if self.stop.agreed:  # the library saves, and --resume will measure
+                return
+            for start in starts[turn + rank : turn + rank + 1]:
+                with self.accelerator.autocast():
+                    texts = answer(self.eval_dataset[start : start + size], self.model, self.processing_class)
+                mine.append((start, texts))
+        answers = [text for _, texts in sorted(gather_object(mine)) for text in texts]
+        given = [{"id": str(i), "prediction_text": text} for i, text in enumerate(answers)]
+        wanted = [{"answer_start": [0], "text": [question["answer"]]} for question in self.eval_dataset]
+        scores = squad(given, [{"id": str(i), "answers": answer} for i, answer in enumerate(wanted)])
+        self.log({"epoch": int(epoch)} | {name: value.item() for name, value in scores.items()})
+        say(f"Epoch {epoch:.0f}: exact match {scores['exact_match']:.0f} %, F1 {scores['f1']:.0f}")
+        if MAIN:  # and wholly or not
+            lines = [{name: entry[name] for name in ("epoch", *scores)} for entry in history if "f1" in entry]
+            temporary = Path(self.args.output_dir, "metrics.jsonl.tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            os.replace(temporary, temporary.with_suffix(""))
+
+
+def find_checkpoint(folder, flags):
+    """Return the newest whole checkpoint, or None. Raises ValueError if it is another run's."""
+    found = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: -int(p.parent.name[11:]))
+    if len(set(gather_object([str(found)]))) > 1:
+        raise ValueError(f"not all processes see the same checkpoint in {folder}: all pods must mount it")
+    for path in found:
+        try:
+            theirs = json.loads(path.read_text())["stateful_callbacks"]["Stop"]["args"]["flags"]
+        except ValueError:  # it was cut off; this file is the last one of a checkpoint
+            continue
+        if wrong := [f"{n} {theirs[n]}, not {flags[n]}" for n in flags if theirs[n] != flags[n]]:
+            raise ValueError(f"{path.parent} is of another run, with {', '.join(wrong)}")
+        say(f"Resuming from {path.parent}")
+        return str(path.parent)
+    say(f"No checkpoint in {folder} yet: starting afresh")
+
+
+def save(model, tokenizer, folder):
+    """Write a model's folder, wholly or not, and readable for all."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.config.use_cache = True  # the library's training switches it off
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    for path in temporary.iterdir():
+        path.chmod(0o644)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def train(args):
+    """Fine-tune a model, measure it after each epoch, and save it. Raises OSError, ValueError and others."""
+    training, validation = (read(Path(args.data_dir, name)) for name in ("train.jsonl", "validation.jsonl"))
+    (folder := Path(args.output_dir)).mkdir(parents=True, exist_ok=True)
+    say(f"Loading {args.model}")
+    model, tokenizer = load(args.model)
+    encoded = [encode(question, tokenizer, model.config.is_encoder_decoder) for question in training]
+    cpu = args.no_cuda or not torch.accelerator.is_available()
+    fast = torch.cpu.get_capabilities().get("avx512_bf16") if cpu else torch.cuda.is_bf16_supported()
+    how = dict(use_cpu=cpu, dataloader_pin_memory=not cpu, seed=args.seed, learning_rate=args.lr)
+    how |= dict(num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size, report_to="none")
+    how |= dict(bf16=bool(fast), ddp_backend="gloo" if cpu and "RANK" in os.environ else None)
+    how |= dict(eval_strategy="epoch", eval_on_start=True, save_strategy="epoch", save_total_limit=1)
+    how |= dict(logging_strategy="epoch", logging_nan_inf_filter=False, ddp_find_unused_parameters=False)
+    settings = transformers.TrainingArguments(args.output_dir, disable_tqdm=not sys.stderr.isatty(), **how)
+    collator = transformers.DataCollatorForSeq2Seq(tokenizer)
+    flags = {name: vars(args)[name] for name in ("model", "epochs", "batch_size", "lr", "seed")}
+    stop = Stop(flags | {"processes": settings.world_size})
+    trainer = Trainer(model, settings, collator, encoded, validation, tokenizer, callbacks=[stop])
+    trainer.stop = stop
+    checkpoint = find_checkpoint(folder, stop.flags) if args.resume else None
+    for old in folder.glob("checkpoint-*") if MAIN and not checkpoint else ():
+        shutil.rmtree(old)
+    say(f"{len(training)} questions to learn, {len(validation)} to measure with, on {settings.device}")
+    trainer.train(checkpoint)
+    trainer.accelerator.end_training()
+    if stop.agreed:
+        say("Stopped by a signal. --resume goes on from the checkpoint")
+        sys.exit(143)
+    if MAIN:
+        save(model, tokenizer, folder / "model")
+        for q in validation[:: math.ceil(len(validation) / 4)]:
+            say(f"{q['question']} {answer([q], model, tokenizer)[0]} (expected: {q['answer']})")
+
+
+def parse_arguments():
+    """Return the flags' values; a mistake ends the program with one sentence and exit code 2."""
+    parser = argparse.ArgumentParser(description="Fine-tune a transformer.", allow_abbrev=False)
+    add, shown = parser.add_argument, "(default: %(default)s)"
+    add("--model", metavar="NAME", default="google/flan-t5-small", help=f"folder or name on the hub {shown}")
+    add("--epochs", metavar="N", type=int, default=3, help=f"passes over the training questions {shown}")
+    add("--batch-size", metavar="N", type=int, default=8, help=f"questions per process and step {shown}")
+    add("--lr", metavar="LR", type=float, default=2e-4, help=f"learning rate, which falls to 0 {shown}")
+    add("--seed", metavar="S", type=int, default=1, help=f"seed of all random numbers {shown}")
+    add("--data-dir", metavar="DIR", default="data", help=f"has train.jsonl, validation.jsonl {shown}")
+    add("--output-dir", metavar="DIR", default="output", help=f"where results go {shown}")
+    add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    add("--no-cuda", action="store_true", help="use the CPU even where there is a GPU")
+    add("--ask", metavar="QUESTION", help="do not train, answer this (with the model in output/model)")
+    add("--context", metavar="TEXT", help="the text that --ask is about")
+    args = parser.parse_args()
+    if min(args.epochs, args.batch_size) < 1 or not 0 < args.lr < math.inf or not 0 <= args.seed < 2**32:
+        parser.error("--epochs and --batch-size must be 1 or more, --lr above 0, --seed from 0 to 4294967295")
+    if (args.ask is None) != (args.context is None):
+        parser.error("--ask and --context belong together")
+    return args
+
+
+def main():
+    """Do what the command line says."""
+    args = parse_arguments()
+    logging.disable()  # of the libraries: errors are raised, too
+    transformers.logging.disable_progress_bar()
+    sys.stdout.reconfigure(line_buffering=True)
+    if "RANK" in os.environ:  # the operator of a PyTorchJob sets all variables but this, which GPUs need
+        os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        if args.ask is None:
+            train(args)
+        else:
+            trained = load(Path(args.output_dir, "model").resolve())  # or it would be looked for on the hub
+            say(answer([{"context": args.context, "question": args.ask}], *trained)[0])
+    except (Exception, KeyboardInterrupt) as error:  # the library has kinds of its own
+        text = str(error) if isinstance(error, (ArithmeticError, OSError, ValueError)) else repr(error)
+        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(text.split())[:600]}")
+
+
+if __name__ == "__main__":
+    main()

