@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -447,3 +448,39 @@ def test_a_registry_that_wants_tokens_gets_one_for_each_thing_that_is_done(folde
         assert f"{address} says of others/mnist/blobs/uploads/: authentication required; docker" in said
         said = sentence(changed, old, new, DOCKER_CONFIG=tmp_path)
         assert f"{address} says of you/mnist:1: authentication required; docker login {address} may" in said
+
+
+@pytest.mark.parametrize("challenge", ['Basic realm="here"', 'Bearer realm="{}/token",service="here"'])
+def test_no_other_host_is_shown_a_password_or_a_token(challenge, tmp_path, monkeypatch):
+    """Registries may say that something is uploaded elsewhere, and who is there may ask for anything."""
+    seen = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_PUT(self):
+            seen.append(self.headers.get("Authorization"))
+            self.send_response(401)
+            self.send_header("Www-Authenticate", challenge.format(address))
+            self.end_headers()
+
+        do_GET = do_PUT
+
+        def log_message(self, *_):
+            pass
+
+    registry = f"127.0.0.1:{free_port()}"
+    for name, value in docker_config(tmp_path, registry, "somebody").items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.syspath_prepend(ROOT / "docker")
+    client = importlib.import_module("registry").Client(registry)
+    assert client.auth._basic_auth  # it knows the password, and has had a token
+    client.auth.token = "secret"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    address = f"http://127.0.0.1:{server.server_port}"
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(ValueError, match="401"):
+            client.do_request(f"{address}/upload", "PUT", data=b"")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert seen and set(seen) == {None}
