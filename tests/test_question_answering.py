@@ -372,7 +372,8 @@ def refuse(tiny, tmp_path, monkeypatch, capsys):
     "flags",
     [
         "--epochs 0", "--epochs some", "--batch-size 0", "--lr 0", "--lr nan", "--lr inf", "--seed -1",
-        "--epoch 1", "--frobnicate", "more", "--ask What", "--context This",
+        "--epoch 1", "--frobnicate", "more", "--ask What", "--context This", "--ask= --context=This",
+        "--ask= --context=",
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_is_refused_with_code_2(refuse, flags):

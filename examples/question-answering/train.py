@@ -58,12 +58,12 @@ def load(name):
             raise ValueError("its tokenizer is missing or empty")
         return kind.from_pretrained(name, dtype=torch.float32), tokenizer
     except Exception as error:  # of many kinds
-        advice = "it is no folder such as a training writes (--model DIR), and does not come from the hub"
+        advice = "no training has written it (--model DIR), and it does not come from the hub"
         raise OSError(f"cannot load the model {name}: {advice} ({error})") from error
 
 
 def encode(question, tokenizer, is_encoder_decoder):
-    """Return a question's tokens for training. The loss looks at the answer alone: -100 hides the rest."""
+    """Return a question's tokens for training. The loss looks at the answer alone (-100: not here)."""
     prompt = tokenizer(PROMPT.format(**question)).input_ids
     text = question["answer"] if is_encoder_decoder else " " + question["answer"]
     answer = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
@@ -217,13 +217,13 @@ def parse_arguments():
     add("--output-dir", metavar="DIR", default="output", help=f"where results go {shown}")
     add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     add("--no-cuda", action="store_true", help="use the CPU even where there is a GPU")
-    add("--ask", metavar="QUESTION", help="do not train, answer this (with the model in output/model)")
+    add("--ask", metavar="QUESTION", help="do not train, let the trained model in --output-dir answer this")
     add("--context", metavar="TEXT", help="the text that --ask is about")
     args = parser.parse_args()
     if min(args.epochs, args.batch_size) < 1 or not 0 < args.lr < math.inf or not 0 <= args.seed < 2**32:
         parser.error("--epochs and --batch-size must be 1 or more, --lr above 0, --seed from 0 to 4294967295")
-    if (args.ask is None) != (args.context is None):
-        parser.error("--ask and --context belong together")
+    if {args.ask, args.context} != {None} and not all((t or "").strip() for t in (args.ask, args.context)):
+        parser.error("--ask and --context belong together, and both must say something")
     return args
 
 
