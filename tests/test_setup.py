@@ -61,9 +61,15 @@ def test_no_file_is_bound_to_one_registry():
 
 
 def test_every_link_to_a_file_leads_somewhere():
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/**/*.md")]:
-        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/**/*.md"), ROOT / "notebooks" / "mnist.ipynb"]
+    for page in pages:
+        for link, title in re.findall(r"\]\((?!https?:|#)([^)#\\]+)#?([^)]*)\)", page.read_text()):
+            target = page.parent / link
+            assert target.exists(), f"{page.relative_to(ROOT)} links to {link}"
+            if title and target.suffix == ".md":
+                titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+                known = {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in titles}
+                assert title in known, f"{page.relative_to(ROOT)} links to {link}#{title}"
 
 
 def test_the_layout_in_the_readme_is_that_of_the_repository():
