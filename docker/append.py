@@ -43,6 +43,7 @@ def read(registry, image, wanted):
     config = registry.get_blob(image, manifest["config"]["digest"]).json() if "config" in manifest else {}
     if f"{config.get('os')}/{config.get('architecture')}" != wanted:
         raise ValueError(f"{image} is not for {wanted}: see --platform")
+    config["config"] = config.get("config") or {}
     return manifest, config
 
 
@@ -55,7 +56,7 @@ def settle(entry):
 
 def change(config, digest):
     """Add a layer to a configuration, and what the trainer wants."""
-    settings = config["config"] = config.get("config") or {}
+    settings = config["config"]
     variables = dict(each.partition("=")[::2] for each in settings.get("Env") or []) | VARIABLES
     settings.update(SETTINGS, Env=[f"{name}={value}" for name, value in variables.items()])
     layers = config["rootfs"]["diff_ids"]
@@ -74,7 +75,7 @@ def append(registry, base, image, wanted, files):
         there = registry.blob_exists(layer, image)
         if not there and registry.do_request(mount + layer["digest"], "POST").status_code != 201:
             raise ValueError(f"{image.registry} shares no layers: let --image be another tag of {base}")
-    if "dumb-init" not in ((config.get("config") or {}).get("Entrypoint") or []):
+    if "dumb-init" not in (config["config"].get("Entrypoint") or []):
         if not INIT.exists():
             raise ValueError(f"{base} has no dumb-init, nor has this Python: pip install dumb-init")
         files["usr/local/bin/dumb-init"] = INIT
@@ -110,8 +111,7 @@ if __name__ == "__main__":
     files = {"app": None, "app/output": None, "app/mnist.py": args.trainer, "app/datasets": args.data}
     try:
         Path(args.trainer).read_bytes(), args.data and os.listdir(args.data)  # a file, and a folder
-        print(
-            f"{args.image}@{append(Client(args.image.registry), args.base, args.image, args.platform, files)}"
-        )
+        digest = append(Client(args.image.registry), args.base, args.image, args.platform, files)
+        print(f"{args.image}@{digest}")
     except (OSError, ValueError) as error:
         sys.exit(f"append.py: {error}")

@@ -21,6 +21,17 @@ def parse(name):
     return image
 
 
+def read_config():
+    """Return what docker's configuration file says of passwords, as oras keeps it. Raises ValueError."""
+    path = Path(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker"), "config.json")
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        passwords = {name: known.get(name) or {} for name in ("auths", "credHelpers")}
+        return passwords | {"credsStore": known.get("credsStore")}
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not docker's configuration: {error}") from error
+
+
 class Client(Registry):
     """The registry at `host`. Its methods raise ValueError, with a sentence, where it says no."""
 
@@ -32,28 +43,19 @@ class Client(Registry):
         self.session.auth = lambda request: request  # and ~/.netrc for none
         self.session.request = partial(self.session.request, timeout=60)
         self.auth.authenticate_request, self.auth.load_configs = self.authenticate, lambda *_: None
-        config = Path(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker"), "config.json")
-        try:
-            known = json.loads(config.read_text()) if config.exists() else {}
-            self.auth._auth_config = {
-                name: known.get(name) for name in ("auths", "credHelpers", "credsStore")
-            }
-        except (AttributeError, ValueError) as error:
-            raise ValueError(f"{config} is not docker's configuration: {error}") from error
-        for name in ("auths", "credHelpers"):
-            self.auth._auth_config[name] = self.auth._auth_config[name] or {}
+        self.auth._auth_config = read_config()
         name = "index.docker.io" if host == HUB else host
         any(self.auth._load_auth(each) for each in (name, f"https://{name}", f"https://{name}/v1/"))
 
     def authenticate(self, answer, headers, refresh=True):
         """Show this registry, and no other, what it asks for: the password, or a token for this request."""
-        challenge, password = (
-            answer.headers.get("Www-Authenticate", ""),
-            getattr(self.auth, "_basic_auth", None),
-        )
-        if answer.url.startswith(self.address) and challenge.lower().startswith("basic "):
+        if not answer.url.startswith(self.address):
+            return headers, True
+        challenge = answer.headers.get("Www-Authenticate", "")
+        password = getattr(self.auth, "_basic_auth", None)
+        if challenge.lower().startswith("basic "):
             headers = {**headers, "Authorization": f"Basic {password}"}
-        elif answer.url.startswith(self.address) and "realm=" in challenge:
+        elif "realm=" in challenge:
             ask = self.auth.request_token if password else self.auth.request_anonymous_token
             self.auth.token = ask(parse_auth_header(challenge))
             headers = {**headers, "Authorization": f"Bearer {self.auth.token}"}
