@@ -470,7 +470,8 @@ def real(tmp_path_factory):
         if not importlib.util.find_spec(name):
             skip(f"{name} is missing: make question-answering sets it up")
     folder = tmp_path_factory.mktemp("real")
-    shutil.copy(FOLDER / "get_model.py", folder)
+    for name in ("get_model.py", "train.py"):
+        shutil.copy(FOLDER / name, folder)
     shutil.copytree(FOLDER / "data", folder / "data")
     code, log = run(folder, "get_model.py", timeout=300, **ONE_THREAD)
     assert (code, log.splitlines()[-1]) == (0, str(folder / "smollm2")), log

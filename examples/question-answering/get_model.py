@@ -6,7 +6,6 @@ go into a fresh model of the same shape.
 """
 
 import os
-import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported
 import huggingface_hub
 import torch
 import transformers
+from train import save
 
 NAME, FOLDER = "google/flan-t5-small", Path(__file__).resolve().parent / "smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,19 +31,13 @@ def is_at_hand(name):
 
 
 def convert(source, folder):
-    """Write the model in the GGUF file `source` to `folder`, wholly or not. Raises OSError."""
+    """Write the model in the GGUF file `source` to `folder`, as train.py writes its own. Raises OSError."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     read = transformers.AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
     del read.config.quantization_config  # which would forbid training
     model = transformers.AutoModelForCausalLM.from_config(read.config).to(torch.bfloat16)
     model.load_state_dict(read.state_dict())
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    for path in temporary.iterdir():
-        path.chmod(0o644)  # or the weights could be read by their owner alone
-    os.replace(temporary, folder)
+    save(model, tokenizer, folder)
 
 
 if __name__ == "__main__":
