@@ -11,9 +11,10 @@ import copy
 import json
 import re
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, urlsplit
+
+from conftest import serving
 
 TRAINER = "trainer.kubeflow.org/v1alpha1"
 KINDS = {  # by their plural: the version of the API that has them, and their name
@@ -107,21 +108,16 @@ class ApiServer:
 
             do_GET = do_POST = do_DELETE = do_PATCH = answer
 
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        Thread(target=self.server.serve_forever, daemon=True).start()
+        self.server = serving(Handler)
+        self.address = self.server.__enter__()
         return self
 
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+    def __exit__(self, *error):
+        self.server.__exit__(*error)
 
     def kubeconfig(self, folder):
         """Write the file with which kubectl finds this server, and return its path."""
-        address = f"http://127.0.0.1:{self.server.server_port}"
-        return write_kubeconfig(folder, address)
+        return write_kubeconfig(folder, self.address)
 
     def names(self, plural):
         """Return the names of the objects of a kind."""

@@ -125,8 +125,10 @@ def persons_project(engine):
         shutil.copy(ROOT / name, folder / name)
     (folder / "output").mkdir()
     give(engine, folder)
-    yield folder
-    shutil.rmtree(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def give(engine, folder):
