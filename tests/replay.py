@@ -193,9 +193,8 @@ class RunningPod:
         """Return the image's variables, then the manifest's, then the operator's, which win."""
         variables = {"PATH": f"{sys.prefix}/bin:/usr/bin:/bin", "HOSTNAME": self.name}
         variables |= dict(word.split("=") for line in dockerfile("ENV") for word in line.split())
-        variables["TRAINER"] = dict(line.split("=", 1) for line in dockerfile("ARG") if "=" in line)[
-            "TRAINER"
-        ]
+        defaults = dict(line.split("=", 1) for line in dockerfile("ARG") if "=" in line)
+        variables["TRAINER"] = defaults["TRAINER"]
         for variable in self.pod.container.get("env", []):
             source = variable.get("valueFrom", {}).get("resourceFieldRef", {}).get("resource")
             assert source in (None, "limits.cpu"), f"the replay does not know {source}"
