@@ -419,17 +419,15 @@ def test_nobody_waits_for_a_job_that_is_gone(tmp_path, monkeypatch):
 
 
 def test_the_job_has_the_name_that_kubectl_gave_it():
-    answer = "Warning: something\npytorchjob.kubeflow.org/pytorchjob-mnist created\n"
-    captured = SimpleNamespace(stdout=answer, stderr="")
-    variables = execute("name-of-the-job", re=re, submit=True, job_name="?", created=captured)
+    answer = SimpleNamespace(n="Warning: something\npytorchjob.kubeflow.org/pytorchjob-mnist created\n")
+    variables = execute("name-of-the-job", re=re, submit=True, job_name="?", answer=answer)
     assert variables["PYTORCH_JOB"] == "pytorchjob.kubeflow.org/pytorchjob-mnist"
 
 
 def test_a_job_that_was_not_created_stops_the_notebook():
-    answer = 'Error from server (AlreadyExists): "pytorchjob-mnist" already exists\n'
-    captured = SimpleNamespace(stdout=answer, stderr="")
+    answer = SimpleNamespace(n='Error from server (AlreadyExists): "pytorchjob-mnist" already exists\n')
     with pytest.raises(RuntimeError, match=r"^Nothing was created: Error from server .* already exists$"):
-        execute("name-of-the-job", re=re, submit=True, job_name="?", created=captured)
+        execute("name-of-the-job", re=re, submit=True, job_name="?", answer=answer)
 
 
 def test_a_step_runs_only_when_submitting_and_stops_the_notebook_when_it_fails(tmp_path, capsys):

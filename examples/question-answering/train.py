@@ -9,6 +9,7 @@ training, after saving a checkpoint: --resume goes on from it.
 """
 
 import argparse
+import atexit
 import json
 import logging
 import math
@@ -117,15 +118,14 @@ class Trainer(transformers.Trainer):
         if epoch % 1 or any("f1" in entry and entry["epoch"] == epoch for entry in history):
             return
         size, rank, world, mine = self.args.eval_batch_size, self.args.process_index, self.args.world_size, []
-        starts = range(0, len(self.eval_dataset), size)  # so batches do not depend on the number of processes
-        for turn in range(0, len(starts), world):
+        batches = [self.eval_dataset[at : at + size] for at in range(0, len(self.eval_dataset), size)]
+        for turn in range(0, len(batches), world):  # so batches do not depend on the number of processes
             self.stop.on_step_end(self.args, self.state, self.control)
             if self.stop.agreed:  # the library saves, and --resume will measure
                 return
-            for start in starts[turn + rank : turn + rank + 1]:
+            for batch in batches[turn + rank : turn + rank + 1]:  # none is left for some in the last turn
                 with self.accelerator.autocast():
-                    texts = answer(self.eval_dataset[start : start + size], self.model, self.processing_class)
-                mine.append((start, texts))
+                    mine.append((turn + rank, answer(batch, self.model, self.processing_class)))
         answers = [text for _, texts in sorted(gather_object(mine)) for text in texts]
         given = [{"id": str(i), "prediction_text": text} for i, text in enumerate(answers)]
         wanted = [{"answer_start": [0], "text": [question["answer"]]} for question in self.eval_dataset]
@@ -184,6 +184,7 @@ def train(args):
     how |= dict(eval_strategy="epoch", eval_on_start=True, save_strategy="epoch", save_total_limit=1)
     how |= dict(logging_strategy="epoch", logging_nan_inf_filter=False, ddp_find_unused_parameters=False)
     settings = transformers.TrainingArguments(args.output_dir, disable_tqdm=not sys.stderr.isatty(), **how)
+    atexit.register(settings.distributed_state.destroy_process_group)  # gloo may crash where Python does it
     collator = transformers.DataCollatorForSeq2Seq(tokenizer)
     flags = {name: vars(args)[name] for name in ("model", "epochs", "batch_size", "lr", "seed")}
     stop = Stop(flags | {"processes": settings.world_size})
@@ -194,7 +195,6 @@ def train(args):
         shutil.rmtree(old)
     say(f"{len(training)} questions to learn, {len(validation)} to measure with, on {settings.device}")
     trainer.train(checkpoint)
-    trainer.accelerator.end_training()
     if stop.agreed:
         say("Stopped by a signal. --resume goes on from the checkpoint")
         sys.exit(143)
