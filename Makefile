@@ -61,7 +61,7 @@ question-answering: .venv/question-answering
 
 # Kills, signals and damage at random, for longer than CI has time.
 faults: .venv/tests
-	$(BIN)/python -m tests.faults
+	$(BIN)/python -m tests.rig.faults
 
 # Other libraries on the same work. Renews benchmarks/README.md, the table in README.md and docs/bench.png.
 bench: .venv/bench

@@ -1,57 +1,11 @@
-"""What the tests share: the trainer on a slice of the real digits, and how it is started."""
+"""What pytest gives to the tests of all modules: a small project to train in."""
 
-import gzip
-import hashlib
-import os
 import shutil
-import socket
-import struct
-import subprocess
-import sys
-from contextlib import contextmanager
-from http.server import ThreadingHTTPServer
-from pathlib import Path
-from threading import Thread
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-RAW = Path("datasets", "MNIST", "raw")
-sys.path.insert(0, str(ROOT))
-
-
-def need(program, package):
-    """Skip the test where `program` is missing, and say which package has it."""
-    if not shutil.which(program):
-        skip(f"{program} is missing: install {package}")
-
-
-def skip(reason):
-    """Skip the test, or fail it where MNIST_REQUIRE is set: in CI everything has to be there."""
-    (pytest.fail if os.environ.get("MNIST_REQUIRE") else pytest.skip)(reason)
-
-
-def slice_of(name, count):
-    """Return one of MNIST's four files, unpacked and cut to its first `count` items, as bytes."""
-    contents = gzip.decompress((ROOT / RAW / f"{name}.gz").read_bytes())
-    header, item = (16, 28 * 28) if "images" in name else (8, 1)
-    return contents[:4] + struct.pack(">I", count) + contents[8:header] + contents[header:][: count * item]
-
-
-def make_small_project(folder, train=1000, test=500):
-    """Make `folder` a project with the trainer and little data: real digits, and their sums beside them."""
-    import mnist
-
-    (folder / RAW).mkdir(parents=True)
-    sums = ""
-    for name in mnist.FILES:
-        contents = slice_of(name, train if "train" in name else test)
-        (folder / RAW / name).write_bytes(contents)
-        (folder / RAW / f"{name}.gz").write_bytes(gzip.compress(contents, 1))
-        sums += f"{hashlib.sha256(contents).hexdigest()}  {name}\n"
-    (folder / RAW / "SHA256SUMS").write_text(sums)
-    shutil.copy(ROOT / "mnist.py", folder)
-    return folder
+from tests.rig.faults import Project
+from tests.rig.project import make_small_project
 
 
 @pytest.fixture(scope="session")
@@ -65,52 +19,7 @@ def small(small_template, tmp_path):
     return shutil.copytree(small_template, tmp_path / "project")
 
 
-def clean_environment(**changes):
-    """Return this process's environment without anything that would make the trainer part of a job."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PET_", "TORCHELASTIC_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    return environment | {"PYTHONUNBUFFERED": "1"} | {k: str(v) for k, v in changes.items()}
-
-
-def free_port():
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@contextmanager
-def serving(handler):
-    """Serve HTTP on loopback with a class of handlers, which say nothing, and yield the address."""
-    quiet = type("Quiet", (handler,), {"log_message": lambda *_: None})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), quiet)
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def start(folder, *command, **changes):
-    """Start `python command…` in `folder`; standard output and error come as one text stream."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=folder,
-        env=clean_environment(**changes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def run(folder, *command, timeout=120, **changes):
-    """Run `python command…` in `folder`. Returns (exit code, all that it printed)."""
-    process = start(folder, *command, **changes)
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        pytest.fail(f"{command} still ran after {timeout} s; it printed:\n{process.communicate()[0]}")
-    return process.returncode, output
+@pytest.fixture(scope="session")
+def project(small_template, tmp_path_factory):
+    """A small project that remembers how a training ends to which nothing happens."""
+    return Project(shutil.copytree(small_template, tmp_path_factory.mktemp("trained") / "project"))

@@ -8,22 +8,15 @@ import importlib.util
 import json
 import os
 import re
-import statistics
 import sys
-import time
 
 import pytest
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from conftest import ROOT, run
 
-import mnist
-from benchmarks.reporting import time_epoch
+from tests.rig.processes import run
+from tests.rig.project import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
-
-import shared_torch
 
 
 def load_bench():
@@ -196,93 +189,3 @@ def test_packages_of_the_peers_are_pinned_as_the_others_are():
     assert pins("requirements-bench.in") <= {pin.partition("==")[0] for pin in peers}
     both = [{pin for pin in file if pin.startswith("torch==")} for file in (peers, pins("requirements.txt"))]
     assert both[0] == both[1], "one environment serves all"
-
-
-# --- the trainer's own speed
-
-
-@pytest.fixture(scope="module")
-def digits():
-    shared_torch.datasets.MNIST(ROOT / "datasets", download=True)  # unpacks it, for the peers
-    training_set, _ = mnist.load_mnist(ROOT / "datasets")
-    return training_set
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    mnist.settle_in()  # as the program does; the others keep freed memory then, too
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def trainer():
-    """The trainer with the seed's method, so that what is compared is how it is done."""
-    return mnist.Trainer(mnist.Hyperparameters(optimizer="adadelta", lr=1.0))
-
-
-def median_ratio(one, other, pairs):
-    """Return how much more of the processor's time `one` takes than `other`; they take turns."""
-
-    def spent(work):
-        begin = time.process_time()
-        work()
-        return time.process_time() - begin
-
-    one(), other()  # to warm up
-    return statistics.median(spent(one) / spent(other) for _ in range(pairs))
-
-
-@pytest.mark.filterwarnings("ignore:dropout2d")
-def test_a_step_of_training_is_no_slower_than_the_seeds(digits, one_thread, trainer):
-    images, labels = (tensor[: 4 * 64] for tensor in digits)
-
-    model = shared_torch.Net(nn.Dropout2d)
-    optimizer, _ = shared_torch.adadelta(model)
-    batches = ((images[:, None] / 255 - mnist.MEAN) / mnist.STD).split(64)  # decoding is not what is compared
-
-    def seeds():
-        for batch, its_labels in zip(batches, labels.split(64), strict=True):
-            optimizer.zero_grad()
-            F.nll_loss(model(batch), its_labels).backward()
-            optimizer.step()
-
-    # Seen on a busy machine: 0.98 to 1.02, with a normalisation that the other has not got.
-    assert median_ratio(lambda: time_epoch(trainer, images, labels), seeds, pairs=12) < 1.25
-
-
-def test_convolutions_get_channels_last(digits, trainer):
-    """A tenth of a step's time hangs on this layout: too little to be seen for certain in a ratio."""
-    layouts = []
-    trainer.learner.conv2.register_forward_hook(
-        lambda layer, inputs, output: layouts.extend(
-            tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (*inputs, output)
-        )
-    )
-    next(trainer.train(*(tensor[:64] for tensor in digits)))
-    assert layouts == [True, True]
-
-
-class NoNetwork(nn.Module):
-    """Returns something to compute a loss of, whatever the images are."""
-
-    def __init__(self):
-        super().__init__()
-        self.output = nn.Parameter(torch.zeros(10))
-
-    def forward(self, images):
-        return self.output.expand(len(images), 10)
-
-
-# Seen on busy machines: 0.39 to 0.48, about half of it to distort the digits; 0.15 to 0.25 without.
-@pytest.mark.parametrize("augment, bound", [(True, 0.65), (False, 0.4)])
-def test_images_come_from_memory(digits, one_thread, trainer, augment, bound):
-    """All of a step but the network and the average, and the seed's decoding of image after image."""
-    images, labels = (tensor[: 20 * 64] for tensor in digits)
-    loader, _ = shared_torch.loaders(20 * 64)
-    trainer.hyperparameters.augment = augment
-    # The average reads all weights, and how long that takes is the memory's: hence one of next to nothing.
-    trainer.network = trainer.learner = trainer.model = NoNetwork()
-    assert median_ratio(lambda: time_epoch(trainer, images, labels), lambda: list(loader), pairs=12) < bound

@@ -13,10 +13,12 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-from conftest import ROOT, clean_environment, free_port, need, run
 from matplotlib import image as png
 from playwright.sync_api import expect, sync_playwright
-from test_notebook import CODE, NOTEBOOK, PICTURES, assert_is_a_picture, images_of, make_small_tutorial
+
+from tests.rig.processes import clean_environment, free_port, need, run
+from tests.rig.project import ROOT
+from tests.rig.tutorial import CODE, NOTEBOOK, PICTURES, assert_is_a_picture, images_of, make_small_tutorial
 
 pytestmark = pytest.mark.timeout(1800)
 

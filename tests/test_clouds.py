@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, free_port, need
-from manifests import (
+
+from tests.rig.manifests import (
     SCHEMAS,
     core_problems,
     folder_problems,
@@ -20,6 +20,8 @@ from manifests import (
     resource_problems,
     trainer_problems,
 )
+from tests.rig.processes import free_port, need
+from tests.rig.project import ROOT
 
 GUIDE = (ROOT / "kubernetes" / "clouds.md").read_text()
 BLOCKS = re.findall(r"^([^\n]*)\n```bash\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)

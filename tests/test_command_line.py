@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, clean_environment, need, run
 
 import mnist
+from tests.rig.processes import clean_environment, need, run
+from tests.rig.project import ROOT
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import RAW, ROOT, need, run
 from torchvision.datasets import MNIST
 
 import mnist
+from tests.rig.processes import need, run
+from tests.rig.project import RAW, ROOT
 
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, free_port, need
-from engine import BUILD, persons_project, running_engine
-from guide import CHAPTERS, GUIDE, run_chapter
-from test_notebook import make_small_tutorial
+
+from tests.rig.engine import BUILD, persons_project, running_engine
+from tests.rig.guide import CHAPTERS, GUIDE, run_chapter
+from tests.rig.processes import free_port, need
+from tests.rig.project import ROOT
+from tests.rig.tutorial import make_small_tutorial
 
 # What a strict cluster allows: no network, no rights, nothing writable but what is named.
 STRICT = ("--network=none", "--read-only", "--tmpfs=/tmp", "--cap-drop=ALL")

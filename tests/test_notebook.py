@@ -1,8 +1,6 @@
 """The notebook: its files, its parameters, the ways to run it, and what is stored of it."""
 
 import ast
-import base64
-import io
 import json
 import re
 import shutil
@@ -11,7 +9,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,48 +20,26 @@ import pytest
 import torch
 import torchvision
 import yaml
-from api_server import ApiServer, write_kubeconfig
-from conftest import ROOT, make_small_project, need, run, slice_of, start
 from IPython.core.inputtransformer2 import TransformerManager
-from matplotlib import image as png
 
-NOTEBOOK = ROOT / "notebooks" / "mnist.ipynb"
-CELLS = {cell.id: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
-CODE = [cell for cell in CELLS.values() if cell.cell_type == "code"]
-PICTURES = sum(len(re.findall(r"^ *show\(", cell.source, re.MULTILINE)) for cell in CODE)
-PROSE = "\n".join(cell.source for cell in CELLS.values() if cell.cell_type == "markdown")
-
-PARTS = [cell.id for cell in CODE if re.match(r"%%writefile .*\$TRAINER_FILE", cell.source)]
-
-# Those that write files, those that these need, and the last chapters: they run on a slice of the data.
-ON_A_SLICE = [
-    "go-to-the-project",
-    "parameters",
-    "check-the-parameters",
-    "load-the-trainer",
-    *PARTS,
-    "remove-old-results",
-    "run-the-trainer",
-    "check-the-run",
-    "run-several-processes",
-    "check-several-processes",
-    "define-step",
-    "build-the-image",
-    "append-to-the-image",
-    "manifest",
-    "put-parameters-into-the-manifest",
-    "read-the-manifest",
-    "check-the-cluster",
-    "claim-a-volume",
-    "create-the-job",
-    "name-of-the-job",
-    "define-wait-for",
-    "describe-the-job",
-    "list-the-pods",
-    "follow-the-log",
-    "wait-for-the-end",
-    "delete-the-job",
-]
+from tests.rig.api_server import ApiServer, write_kubeconfig
+from tests.rig.processes import need, run, start
+from tests.rig.project import ROOT, make_small_project, slice_of
+from tests.rig.tutorial import (
+    CELLS,
+    CODE,
+    NOTEBOOK,
+    ON_A_SLICE,
+    PARTS,
+    PICTURES,
+    PROSE,
+    Images,
+    assert_is_a_picture,
+    images_of,
+    outputs_of,
+    save_small,
+    submit_in,
+)
 
 
 def body(cell):
@@ -80,50 +55,8 @@ def execute(*names, **variables):
     return variables
 
 
-def save(notebook_cells, folder):
-    """Save cells as the notebook of the project in `folder`."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    notebook.cells = notebook_cells
-    for cell in notebook.cells:
-        cell.pop("outputs", None)
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    (folder / "notebooks").mkdir(exist_ok=True)
-    nbformat.write(notebook, folder / "notebooks" / "mnist.ipynb")
-
-
 def files_in(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def outputs_of(notebook):
-    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-
-
-class Images(HTMLParser):
-    """Collects the attributes of the images in HTML."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.found = []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        if tag == "img":
-            self.found.append(dict(attributes))
-
-
-def assert_is_a_picture(image):
-    """It has a description, and it is not blank."""
-    assert len(image["alt"]) > 20
-    kind, contents = image["src"].split(",", 1)
-    assert kind == "data:image/png;base64"
-    assert png.imread(io.BytesIO(base64.b64decode(contents)))[..., :3].std() > 0.05, image["alt"]
-
-
-def images_of(notebook):
-    html = "".join(output.data.get("text/html", "") for output in outputs_of(notebook) if "data" in output)
-    return Images(html).found
 
 
 # --- The files that it writes -------------------------------------------------------------------
@@ -304,25 +237,6 @@ def test_papermill_explains_every_parameter(tmp_path):
 # --- Submitting ---------------------------------------------------------------------------------
 
 
-WITHOUT_TRAINING = [
-    name for name in ON_A_SLICE if name not in PARTS and not re.search("results|run|processes", name)
-]
-
-
-def submit_in(folder, names=WITHOUT_TRAINING, change=("", ""), parameters=(), **environment):
-    """Run the chapters on image and job with submit=True. Returns (exit code, all that was printed)."""
-    project = folder / "project"
-    for name in ("kubernetes", "docker"):
-        shutil.copytree(ROOT / name, project / name, dirs_exist_ok=True)
-    cells = [CELLS[name].copy() for name in names]
-    for cell in cells:
-        cell.source = cell.source.replace(*change)
-    save(cells, project)
-    arguments = ("notebooks/mnist.ipynb", folder / "out.ipynb", "-p", "submit", "True", "--log-output")
-    arguments += tuple(word for parameter in parameters for word in ("-p", *parameter))
-    return run(project, "-m", "papermill", *arguments, DOCKER_HOST="unix:///nowhere", **environment)
-
-
 def test_submitting_without_kubectl_stops_with_a_sentence(tmp_path):
     code, output = submit_in(tmp_path, PATH="")
     assert code == 1
@@ -444,19 +358,6 @@ def test_a_step_runs_only_when_submitting_and_stops_the_notebook_when_it_fails(t
 
 
 # --- Running it ---------------------------------------------------------------------------------
-
-
-def save_small(folder, names, *more):
-    """Save these cells, and more, as the notebook of a small project."""
-    cells = {name: CELLS[name].copy() for name in names}
-    cells["parameters"].source = cells["parameters"].source.replace("epochs: int = 5", "epochs: int = 2")
-    save([*cells.values(), *map(nbformat.v4.new_code_cell, more)], folder)
-
-
-def make_small_tutorial(folder):
-    """Make `folder` a project with all of the notebook; its few digits have the mean and deviation of all."""
-    save_small(make_small_project(folder, train=5350, test=1000), CELLS)
-    return folder
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ import signal
 import sys
 
 import pytest
-from conftest import ROOT, free_port, run, skip, start
-from engine import BUILD, give, persons_project, running_engine, with_packages
-from guide import run_chapter, with_more
+
+from tests.rig.engine import BUILD, give, persons_project, running_engine, with_packages
+from tests.rig.guide import run_chapter, with_more
+from tests.rig.processes import free_port, run, skip, start
+from tests.rig.project import ROOT
 
 FOLDER = ROOT / "examples" / "question-answering"
 FILES = ("train.jsonl", "validation.jsonl")

@@ -17,11 +17,13 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import requests
-from api_server import ApiServer
-from conftest import ROOT, free_port, make_small_project, need, run, serving
-from engine import BASE_IMAGE, running_engine, with_packages
-from guide import run_chapter, with_more
-from test_notebook import ON_A_SLICE, PARTS, WITHOUT_TRAINING, submit_in
+
+from tests.rig.api_server import ApiServer
+from tests.rig.engine import BASE_IMAGE, running_engine, with_packages
+from tests.rig.guide import run_chapter, with_more
+from tests.rig.processes import free_port, need, run, serving
+from tests.rig.project import ROOT, make_small_project
+from tests.rig.tutorial import ON_A_SLICE, PARTS, WITHOUT_TRAINING, submit_in
 
 APPEND = ROOT / "docker" / "append.py"
 # One line of the log, changed.

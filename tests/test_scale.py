@@ -11,8 +11,8 @@ from benchmarks.scale import __main__, plan, report
 from benchmarks.scale.measure import measure_hosts
 from benchmarks.scale.model import BUCKETS, Model, Pace, fit
 from benchmarks.scale.plan import Link
-from tests.conftest import need
-from tests.hosts import need_hosts
+from tests.rig.hosts import need_hosts
+from tests.rig.processes import need
 
 TRUE = Model(start=3e-4, hop=1e-4, trips=1.1, asks=0.9, byte=1.5e-9, frames=1.05, bucket=2e-4)
 PACE = Pace(rest=0.008, head=0.004, tail=0.008)

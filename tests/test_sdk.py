@@ -1,15 +1,17 @@
 """The lines of Kubeflow's SDK in kubernetes/README do what the page says, with a stand-in for the cluster.
 
-MNIST_CRD_DIR may name a folder with the operators' own resource definitions, as in tests/test_manifests.py.
+MNIST_CRD_DIR may name a folder with the operators' own resource definitions, as for test_manifests_valid.py.
 """
 
 import os
 import re
 
 import pytest
-from api_server import ApiServer
-from conftest import ROOT, run
-from manifests import core_problems, load, parse, problems, volume_problems
+
+from tests.rig.api_server import ApiServer
+from tests.rig.manifests import core_problems, load, parse, problems, volume_problems
+from tests.rig.processes import run
+from tests.rig.project import ROOT
 
 README = (ROOT / "kubernetes" / "README.md").read_text()
 LINES, CLAIM = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import RAW, ROOT, need, skip
+
+from tests.rig.processes import need, skip
+from tests.rig.project import RAW, ROOT
 
 
 def packages(file):

@@ -10,11 +10,12 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, clean_environment, run
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import affine
 
 import mnist
+from tests.rig.processes import clean_environment, run
+from tests.rig.project import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import need, skip
-from tests.operators import pods_of
+from tests.rig.operators import pods_of
+from tests.rig.processes import need, skip
 
 
 class Process(subprocess.Popen):
@@ -216,3 +216,10 @@ class PyTorchJob(Network):
     def start(self, *command, **changes):
         """Start `python command…` in every pod. Returns the processes."""
         return [host.start(self.folder, *command, OMP_NUM_THREADS=1, **changes) for host in self.hosts]
+
+
+def end(processes, timeout=120):
+    """Wait for all. Returns (their exit codes, what each printed)."""
+    limit = time.monotonic() + timeout
+    codes, printed = zip(*(p.end(max(0.1, limit - time.monotonic())) for p in processes), strict=True)
+    return list(codes), list(printed)

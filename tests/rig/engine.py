@@ -10,7 +10,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, skip
+
+from tests.rig.processes import skip
+from tests.rig.project import ROOT
 
 BASE_IMAGE = "python:3.11-slim"  # the Dockerfile's default
 DISK_SPACE = 20e9  # bytes: both images, what is built on the way, and some air

@@ -1,8 +1,8 @@
 """Faults, and what must hold after them. The tests try a few; this tries many.
 
-python -m tests.faults                 (or `make faults`) prints a table of what was tried and what survived
-python -m tests.faults --quick         a tenth of it
-python -m tests.faults --seed 2        at other instants, with other damage
+python -m tests.rig.faults             (or `make faults`) prints a table of what was tried and what survived
+python -m tests.rig.faults --quick     a tenth of it
+python -m tests.rig.faults --seed 2    at other instants, with other damage
 """
 
 import argparse
@@ -23,9 +23,10 @@ from pathlib import Path
 
 import torch
 
-from tests.conftest import RAW, clean_environment, free_port, make_small_project
-from tests.hosts import Process, PyTorchJob
-from tests.operators import PORT
+from tests.rig.hosts import Process, PyTorchJob
+from tests.rig.operators import PORT
+from tests.rig.processes import clean_environment, free_port
+from tests.rig.project import RAW, make_small_project
 
 TRAIN, TEST, BATCH, INTERVAL, EPOCHS = 1000, 500, 30, 5, 2
 TIMEOUT = 10

@@ -5,8 +5,8 @@
         job.pods[1].kill()
         assert job.run() == "Succeeded"
 
-Each pod is a host of tests/hosts.py. Its container has the file system, the user, the rights, the limits and
-the environment that manifest, Dockerfile and operator give it, and is run by runc, as in most clusters.
+Each pod is a host of hosts.py. Its container has the file system, the user, the rights, the limits and the
+environment that manifest, Dockerfile and operator give it, and is run by runc, as in most clusters.
 It is no cluster: nothing is scheduled or pulled, and GPUs are left out. Needs root, iproute2 and runc.
 """
 
@@ -19,10 +19,10 @@ import subprocess
 import sys
 import time
 
-from tests.conftest import ROOT
-from tests.hosts import Network, Process, new_name
-from tests.manifests import quantity
-from tests.operators import pods_of, state_of
+from tests.rig.hosts import Network, Process, new_name
+from tests.rig.manifests import quantity
+from tests.rig.operators import pods_of, state_of
+from tests.rig.project import ROOT
 
 RESTART_AFTER = 1  # seconds; a kubelet waits longer each time, from 10 seconds to 5 minutes
 TIDY_AFTER = 2  # seconds, until the operator hears of the end: by then the workers have left by themselves

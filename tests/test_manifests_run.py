@@ -1,4 +1,4 @@
-"""The committed manifests, run as their operators would run them, on real digits: see replay.py."""
+"""The committed manifests, run as their operators would run them, on real digits: see rig/replay.py."""
 
 import json
 import os
@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, make_small_project, need
-from tests.faults import weights
-from tests.hosts import need_hosts
-from tests.manifests import change, load, read_by_katib, trial
-from tests.operators import backoff_limit, pods_of
-from tests.replay import Replay
+from tests.rig.faults import weights
+from tests.rig.hosts import need_hosts
+from tests.rig.manifests import change, load, read_by_katib, trial
+from tests.rig.operators import backoff_limit, pods_of
+from tests.rig.processes import need
+from tests.rig.project import ROOT, make_small_project
+from tests.rig.replay import Replay
 
 PLAIN = ROOT / "pytorchjob-mnist.yaml"
 ELASTIC = ROOT / "kubernetes" / "pytorchjob-mnist-elastic.yaml"

@@ -12,8 +12,8 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import ROOT, run
-from manifests import (
+
+from tests.rig.manifests import (
     GONE,
     SIDECAR,
     below,
@@ -26,6 +26,8 @@ from manifests import (
     schema_problems,
     trial,
 )
+from tests.rig.processes import run
+from tests.rig.project import ROOT
 
 JOB = ROOT / "pytorchjob-mnist.yaml"
 FILES = [JOB, *sorted((ROOT / "kubernetes").glob("*.yaml"))]

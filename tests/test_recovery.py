@@ -17,15 +17,13 @@ import psutil
 import pytest
 import torch
 
-from tests.conftest import clean_environment, make_small_project, need, run, skip
-from tests.faults import (
+from tests.rig.faults import (
     BATCH,
     DAMAGES,
     MOMENTS,
     OPTIONS,
     REGIONS,
     TRAIN,
-    Project,
     damage_checkpoint,
     damage_data,
     fingerprint,
@@ -35,14 +33,11 @@ from tests.faults import (
     trainer_of,
     weights,
 )
-from tests.hosts import Process
+from tests.rig.hosts import Process
+from tests.rig.processes import clean_environment, need, run, skip
+from tests.rig.project import make_small_project
 
 IN_TWO = ((), ("--num-processes", 2))  # as a launcher of Training
-
-
-@pytest.fixture(scope="session")
-def project(small_template, tmp_path_factory):
-    return Project(shutil.copytree(small_template, tmp_path_factory.mktemp("faults") / "project"))
 
 
 @pytest.fixture

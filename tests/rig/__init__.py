@@ -1,0 +1,1 @@
+"""What the tests stand on: hosts, operators, engines and servers made for them."""
