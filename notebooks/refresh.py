@@ -1,8 +1,6 @@
-"""Run the notebook with its default parameters; store it with its outputs, and the README's pictures."""
+"""Run the notebook with its default parameters, and store it with its outputs."""
 
-import base64
 import logging
-import re
 from pathlib import Path
 
 import nbformat
@@ -25,8 +23,3 @@ for cell in notebook.cells:
     tags = cell.metadata.get("tags")
     cell.metadata = {"tags": tags} if tags else {}
 nbformat.write(notebook, NOTEBOOK)
-
-for cell in notebook.cells:
-    if cell.id in ("digits-by-class", "confident-mistakes"):
-        picture = re.search(r'base64,([^"]+)"', cell.outputs[0].data["text/html"])[1]
-        (NOTEBOOK.parents[1] / "docs" / f"{cell.id}.png").write_bytes(base64.b64decode(picture))

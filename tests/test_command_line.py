@@ -258,12 +258,12 @@ def test_a_log_that_cannot_be_written_is_one_line(small, output, reason):
 # --- Beside the program
 
 
-def test_the_flags_table_of_the_readme_is_the_help_text(capsys, monkeypatch):
+def test_the_table_of_flags_is_the_help_text(capsys, monkeypatch):
     monkeypatch.setitem(os.environ, "COLUMNS", "200")
     with pytest.raises(SystemExit):
         mnist.parse_arguments(["--help"])
     flags = dict(re.findall(r"^  (--.*?)(?:  +|\n +)(\S.*)$", capsys.readouterr().out, re.M))
-    table = dict(re.findall(r"^\| `(--[^`]*)` \| (.*) \|$", (ROOT / "README.md").read_text(), re.M))
+    table = dict(re.findall(r"^\| `(--[^`]*)` \| (.*) \|$", (ROOT / "docs" / "trainer.md").read_text(), re.M))
     assert table == flags
 
 

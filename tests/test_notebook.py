@@ -581,12 +581,6 @@ def test_the_table_of_contents_has_all_chapters_and_no_link_is_broken():
     assert set(re.findall(r"\]\(#(.+?)\)", PROSE)) <= anchors
 
 
-def test_the_readme_links_to_every_chapter():
-    chapters = re.findall(r"^## (.+)$", PROSE, re.MULTILINE)
-    links = re.findall(r"\[([^]]+)\]\(notebooks/mnist.ipynb#([^)]+)\)", (ROOT / "README.md").read_text())
-    assert links == [(title, title.replace(" ", "-")) for title in chapters]
-
-
 def test_the_map_names_what_the_trainer_has():
     import mnist
 
