@@ -63,7 +63,7 @@ question-answering: .venv/question-answering
 faults: .venv/tests
 	$(BIN)/python -m tests.rig.faults
 
-# Other libraries on the same work. Renews benchmarks/README.md, the table in README.md and docs/bench.png.
+# Other libraries on the same work. Renews docs/peers.md and its picture.
 bench: .venv/bench
 	$(BIN)/python benchmarks/bench.py
 

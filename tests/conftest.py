@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from tests.rig.engine import running_engine
 from tests.rig.faults import Project
 from tests.rig.project import make_small_project
 
@@ -23,3 +24,10 @@ def small(small_template, tmp_path):
 def project(small_template, tmp_path_factory):
     """A small project that remembers how a training ends to which nothing happens."""
     return Project(shutil.copytree(small_template, tmp_path_factory.mktemp("trained") / "project"))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """A container engine that has the Dockerfile's base image."""
+    with running_engine() as engine:
+        yield engine

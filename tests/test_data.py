@@ -4,17 +4,15 @@ import gzip
 import hashlib
 import shutil
 import subprocess
-import threading
 from contextlib import suppress
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 
 import pytest
 import torch
 from torchvision.datasets import MNIST
 
 import mnist
-from tests.rig.processes import need, run
+from tests.rig.processes import need, run, serving
 from tests.rig.project import RAW, ROOT
 
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
@@ -42,21 +40,19 @@ def mirror(monkeypatch):
     """A server on this machine that has MNIST: the only one that is tried. Lists what it was asked for."""
 
     class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=ROOT / RAW)
+
         def do_GET(self):
             asked.add(self.path.strip("/"))
             with suppress(ConnectionError):  # torchvision looks for the last address first, and hangs up
                 super().do_GET()
 
-        def log_message(self, *_):
-            """Stay silent."""
-
     asked = set()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=ROOT / RAW)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    with serving(Handler) as address:
+        monkeypatch.setattr(MNIST, "mirrors", [f"{address}/"])
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         yield asked
-        server.shutdown()
 
 
 # --- What is there

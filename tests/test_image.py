@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.rig.engine import BUILD, persons_project, running_engine
+from tests.rig.engine import BUILD, persons_project
 from tests.rig.guide import CHAPTERS, GUIDE, run_chapter
 from tests.rig.processes import free_port, need
 from tests.rig.project import ROOT
@@ -23,12 +23,6 @@ from tests.rig.tutorial import make_small_tutorial
 # What a strict cluster allows: no network, no rights, nothing writable but what is named.
 STRICT = ("--network=none", "--read-only", "--tmpfs=/tmp", "--cap-drop=ALL")
 STRICT += ("--security-opt=no-new-privileges", "--memory=2g")
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with running_engine() as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")

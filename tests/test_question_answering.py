@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from tests.rig.engine import BUILD, give, persons_project, running_engine, with_packages
+from tests.rig.engine import BUILD, give, persons_project, with_packages
 from tests.rig.guide import run_chapter, with_more
 from tests.rig.processes import free_port, run, skip, start
 from tests.rig.project import ROOT
@@ -324,9 +324,9 @@ def test_pods_that_do_not_share_the_checkpoint_say_so(tiny, by_two):
 # --- the image
 
 
-def test_every_command_of_the_guide_works_with_this_trainer(tiny):
+def test_every_command_of_the_guide_works_with_this_trainer(engine, tiny):
     """The image is built without packages: they are mounted. It trains offline, read-only, as a person."""
-    with running_engine() as engine, persons_project(engine) as project:
+    with persons_project(engine) as project:
         shutil.copytree(tiny / "t5", project / "examples/question-answering/smollm2")
         (project / "requirements-none.in").write_text("")
         give(engine, project)

@@ -19,7 +19,7 @@ import pytest
 import requests
 
 from tests.rig.api_server import ApiServer
-from tests.rig.engine import BASE_IMAGE, running_engine, with_packages
+from tests.rig.engine import BASE_IMAGE, with_packages
 from tests.rig.guide import run_chapter, with_more
 from tests.rig.processes import free_port, need, run, serving
 from tests.rig.project import ROOT, make_small_project
@@ -54,12 +54,6 @@ def running_registry(folder, images=None, **auth):
 def stored(folder):
     """Return how many bytes a registry has stored."""
     return sum(path.stat().st_size for path in folder.rglob("data") if path.is_file())
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with running_engine() as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")
