@@ -1,21 +1,21 @@
-# Two images: the trainer, which `docker build .` makes, and the tutorial in JupyterLab (--target notebook).
-# docs/containers.md tells how to build, run and change them. Every file from outside gets its mode here, for
-# whoever runs an image must be able to read it, and the builder's umask may forbid that.
+# Two images: the trainer (docker build .) and the tutorial in JupyterLab (--target notebook).
+# docs/containers.md explains how to build, run and change them. Every file that is copied in gets its mode here,
+# because any user must be able to read it, and the builder's umask may forbid that.
 
 ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE} AS python
 WORKDIR /app
-# Any user may run the images, even one without a home.
+# Any user can run the images, even one without a home folder.
 ENV HOME=/tmp PYTHONUNBUFFERED=1
 
-# uv installs the packages, and stays out of the images. UV_DEFAULT_INDEX names another package index.
-# dumb-init is a single file, which goes into both.
+# uv installs the packages, and is in neither image. dumb-init is a single file, and goes into both.
+# UV_DEFAULT_INDEX names another package index.
 FROM python AS uv
 ARG UV_DEFAULT_INDEX
 RUN PIP_INDEX_URL="${UV_DEFAULT_INDEX}" pip install --no-cache-dir uv==0.13.8 dumb-init==1.2.5.post1
 
-# PyTorch, in the build that UV_TORCH_BACKEND names: cpu is far smaller, and without it you get CUDA.
-# Byte-code is compiled now, for a user who is not root could not keep it.
+# UV_TORCH_BACKEND chooses the build of PyTorch: by default you get CUDA, and cpu is far smaller.
+# Byte-code is compiled now, because only root could store it later.
 FROM python AS packages
 COPY --from=uv /usr/local/bin/dumb-init /usr/local/bin/
 ARG UV_DEFAULT_INDEX
@@ -28,8 +28,8 @@ RUN --mount=from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
     uv pip install --system --system-certs --no-cache --compile-bytecode \
     -r requirements.in -c requirements.txt && rm -f /tmp/uv-*.lock
 
-# The digits, packed for the notebook and unpacked for the trainer, with the sums by which it checks them. A
-# trainer of something else takes nothing along.
+# The digits: packed for the notebook, unpacked for the trainer, and the checksums with which it compares them.
+# A trainer that does not need them is built with DATA=nothing.
 FROM python AS data
 ARG DATA=digits
 COPY datasets datasets
@@ -42,7 +42,7 @@ RUN case $DATA in \
 FROM packages AS notebook
 LABEL org.opencontainers.image.title="MNIST tutorial in JupyterLab" \
       org.opencontainers.image.licenses="Apache-2.0 AND CC-BY-SA-3.0"
-# Tk, for a person who wants matplotlib's windows. Any version will do.
+# Tk shows matplotlib's windows. Any version will do.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends libtk8.6 && rm -rf /var/lib/apt/lists/*
 ARG UV_DEFAULT_INDEX
@@ -51,14 +51,14 @@ RUN --mount=from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
     uv pip install --system --system-certs --no-cache --compile-bytecode \
     -r requirements.in -c requirements.txt && rm -f /tmp/uv-*.lock
 COPY --from=data /app/datasets datasets
-# The notebook writes the trainer and the manifest, so any user of group 0 may.
+# The notebook writes the trainer and the manifest, so any user in group 0 may change them.
 COPY --chmod=664 LICENSE mnist.py pytorchjob-mnist.yaml ./
 COPY --chmod=664 notebooks/mnist.ipynb notebooks/draw.js notebooks/
 COPY --chmod=644 docker/*.py docker/
 RUN mkdir output && chmod 775 . output notebooks
 USER 1000:0
 EXPOSE 8888
-# Kernels and terminals come and go: an init buries those whose parent has died.
+# Kernels and terminals come and go. An init cleans up after those whose parent has died.
 ENTRYPOINT ["dumb-init", "--"]
 CMD ["jupyter", "lab", "--ip=0.0.0.0", "--no-browser"]
 
@@ -70,11 +70,11 @@ LABEL org.opencontainers.image.title="${TITLE}" \
 RUN install -d -m 775 output
 COPY --from=data /app ./
 COPY --chmod=644 LICENSE ./
-# Last, for it changes most: mnist.py, or a trainer of your own, which keeps its place in the project.
+# Last, because it changes most: mnist.py, or your own trainer, which keeps its path in the project.
 ARG TRAINER=mnist.py
 ENV TRAINER=${TRAINER}
 COPY --chmod=644 ${TRAINER} ${TRAINER}
 USER 1000:0
-# The first process of a container is deaf to signals that it has not asked for, and inherits all orphans. So
-# it is an init. It passes signals on to the trainer alone, which knows what its own processes should do.
+# A container's first process ignores signals that it does not handle, and inherits all orphans. So it is an
+# init. It passes signals on to the trainer only, which tells its own processes what to do.
 ENTRYPOINT ["dumb-init", "--single-child", "--", "sh", "-c", "exec python \"$TRAINER\" \"$@\"", "sh"]

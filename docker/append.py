@@ -1,9 +1,9 @@
-"""Put a trainer on top of an image that a registry has, and push the result: no engine, no root, seconds.
+"""Add a trainer to an image in a registry, and push the result, within seconds, without an engine or root.
 
     python docker/append.py --base registry.example.org/you/mnist:1 --image registry.example.org/you/mnist:2
 
 An image is a list of layers, which are tar files, and a configuration that says what to start. So one more
-layer and a changed configuration make a new image, and what lies below stays where it is. The formats:
+layer and a changed configuration make a new image. The layers below it stay in the registry. The formats:
 https://github.com/opencontainers/image-spec
 """
 
@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
 
 MACHINES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64"}
 PLATFORM = f"linux/{MACHINES.get(platform.machine(), platform.machine())}"
-# What the Dockerfile sets for its trainer: a test compares.
+# The same as in the Dockerfile: a test compares them.
 VARIABLES = {"HOME": "/tmp", "PYTHONUNBUFFERED": "1", "TRAINER": "mnist.py"}
 ENTRYPOINT = ["dumb-init", "--single-child", "--", "sh", "-c", 'exec python "$TRAINER" "$@"', "sh"]
 SETTINGS = {"Entrypoint": ENTRYPOINT, "Cmd": None, "User": "1000:0", "WorkingDir": "/app"}
@@ -33,7 +33,7 @@ INIT = Path(sys.executable).with_name("dumb-init")
 
 
 def read(registry, image, wanted):
-    """Return an image's manifest and configuration; of several, those for the wanted platform."""
+    """Return an image's manifest and configuration, for the wanted platform if there are several."""
     manifest = registry.get_manifest(image)
     for each in manifest.get("manifests", []):
         runs_on = each.get("platform") or {}
@@ -48,14 +48,14 @@ def read(registry, image, wanted):
 
 
 def settle(entry):
-    """Make an entry of a tar file root's, and of 1970: the same files make the same layer."""
+    """Give an entry of a tar file to root, and date it 1970, so the same files make the same layer."""
     entry.mode = 0o775 if entry.name == "app/output" else 0o755 if entry.mode & 0o100 else 0o644
     entry.uid, entry.gid, entry.uname, entry.gname, entry.mtime = 0, 0, "", "", 0
     return entry
 
 
 def change(config, digest):
-    """Add a layer to a configuration, and what the trainer wants."""
+    """Add a layer and the trainer's settings to a configuration."""
     settings = config["config"]
     variables = dict(each.partition("=")[::2] for each in settings.get("Env") or []) | VARIABLES
     settings.update(SETTINGS, Env=[f"{name}={value}" for name, value in variables.items()])
@@ -66,10 +66,10 @@ def change(config, digest):
 
 
 def append(registry, base, image, wanted, files):
-    """Push `image`: `base` with {name: file, folder, or None for an empty one} on top. Returns its digest."""
+    """Push `image`: `base` and {name: file, folder, or None for an empty folder}. Returns its digest."""
     manifest, config = read(registry, base, wanted)
     mount = f"{registry.address}v2/{image.api_prefix}/blobs/uploads/?from={base.api_prefix}&mount="
-    for layer in manifest["layers"]:  # the registry has them, but perhaps under another name only
+    for layer in manifest["layers"]:  # the registry has it, but perhaps only under another name
         kind = layer["mediaType"].replace("docker.image.rootfs.diff", "oci.image.layer.v1")
         layer["mediaType"] = kind.replace("tar.", "tar+")
         there = registry.blob_exists(layer, image)
@@ -110,7 +110,7 @@ if __name__ == "__main__":
         parser.error("--image takes a name and a tag: the digest comes out")
     files = {"app": None, "app/output": None, "app/mnist.py": args.trainer, "app/datasets": args.data}
     try:
-        Path(args.trainer).read_bytes(), args.data and os.listdir(args.data)  # a file, and a folder
+        Path(args.trainer).read_bytes(), args.data and os.listdir(args.data)  # must be a file, and a folder
         digest = append(Client(args.image.registry), args.base, args.image, args.platform, files)
         print(f"{args.image}@{digest}")
     except (OSError, ValueError) as error:

