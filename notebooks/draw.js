@@ -1,8 +1,8 @@
-// Paper to draw a digit on, and ten bars that say what the network reads: the front end of the class Pad
-// in mnist.ipynb. The ink goes to Python while you draw; the probabilities, and what the network sees, come back.
+// A pad to draw a digit on, and ten bars that show what the network reads: the front end of the class Pad
+// in mnist.ipynb. The ink goes to Python as you draw. The probabilities, and what the network sees, come back.
 
-const SIDE = 280; // of the paper, in pixels of the page
-const SENT = 112; // of what is sent, in points: fine enough for a digit, and quick to send
+const SIDE = 280; // width and height of the paper, in pixels of the page
+const SENT = 112; // width and height of what is sent, in points: fine enough for a digit, and quick to send
 const STEP = 7; // how far an arrow key moves the pen
 
 const STYLE = `
@@ -31,11 +31,11 @@ const HTML = `
   <div>
     <div class="sheet">
       <canvas class="paper" width="${SIDE}" height="${SIDE}" tabindex="0" role="application"
-        aria-label="Paper. Draw a digit with the mouse or a finger, or with the arrow keys; the space bar lifts the pen"></canvas>
+        aria-label="Drawing pad. Draw a digit with the mouse, a finger or the arrow keys; the space bar lowers and lifts the pen"></canvas>
       <div class="pen"></div>
     </div>
-    <p class="help">Draw here, with the mouse or a finger. Or with the arrow keys: the space bar lowers and lifts the
-      pen, the Delete key clears the paper.</p>
+    <p class="help">Draw here with the mouse, a finger or the arrow keys. The space bar lowers and lifts the pen for the
+      arrow keys. The Delete key clears the pad.</p>
   </div>
   <div class="bars">
     <p class="guess" role="status"></p>
@@ -56,14 +56,14 @@ function render({ model, el }) {
   const ink = paper.getContext("2d");
   const small = new OffscreenCanvas(SENT, SENT).getContext("2d", { willReadFrequently: true });
   Object.assign(ink, { lineWidth: 20, lineCap: "round", lineJoin: "round" });
-  const pen = { down: false }; // and x, y
+  const pen = { down: false }; // x and y are set by move
 
   function send() {
     small.clearRect(0, 0, SENT, SENT);
     small.drawImage(paper, 0, 0, SENT, SENT);
     const opacity = small.getImageData(0, 0, SENT, SENT).data.filter((_, i) => i % 4 === 3);
     model.set("ink", new DataView(opacity.buffer));
-    model.save_changes(); // waits by itself while Python is still busy with the one before
+    model.save_changes(); // waits by itself while Python is still busy with the last drawing
   }
 
   function move(x, y) {
@@ -100,7 +100,7 @@ function render({ model, el }) {
     const steps = { ArrowLeft: [-STEP, 0], ArrowRight: [STEP, 0], ArrowUp: [0, -STEP], ArrowDown: [0, STEP], " ": [0, 0] };
     if (event.key === "Delete") clear();
     if (!(event.key in steps)) return;
-    event.preventDefault(); // would scroll the page
+    event.preventDefault(); // or the key would scroll the page
     if (event.key === " ") pen.down = !pen.down;
     const [right, down] = steps[event.key];
     move(clamp(pen.x + right), clamp(pen.y + down));

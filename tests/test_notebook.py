@@ -516,10 +516,10 @@ def test_without_anywidget_or_the_file_beside_the_notebook_one_sentence_says_so(
         return capsys.readouterr().out
 
     monkeypatch.chdir(tmp_path)
-    assert re.fullmatch(r"There is no paper here \(.*draw\.js.*\), so [^\n]+\.\n", sentence())
+    assert re.fullmatch(r"There is no drawing pad here \(.*draw\.js.*\), so [^\n]+\.\n", sentence())
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(sys.modules, "anywidget", None)
-    assert re.fullmatch(r"There is no paper here \(.*anywidget.*\), so [^\n]+\.\n", sentence())
+    assert re.fullmatch(r"There is no drawing pad here \(.*anywidget.*\), so [^\n]+\.\n", sentence())
 
 
 # --- The stored notebook ------------------------------------------------------------------------
