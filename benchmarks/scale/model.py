@@ -1,122 +1,73 @@
-"""A model of the time that a step takes on several workers, and how it is fitted to what was seen."""
+"""A model of the time that a step takes on several hosts, in milliseconds, and its fit to what was seen."""
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-# DDP's buckets with its defaults: the linear layers, whose gradients are the first, and the convolutions.
+# In bytes, what DDP sends at a time: the gradients of the linear layers, and those of the convolutions.
 BUCKETS = (4 * 1_181_066, 4 * 18_816)
-AGREEMENT = 8  # bytes: mnist.py agrees at every step on whether to stop
+TAIL = 0.54  # on an AMD EPYC, the part of a step that is left when the linear layers have their gradients
+ALL_REDUCES = {"large": sum(BUCKETS), "middle": 160_000, "small": 4}  # measured by themselves, also in bytes
 
 
-@dataclass
-class Pace:
-    """The seconds of a step that computes: up to the backward pass, to fc1's gradients, to the last."""
+class Link(NamedTuple):
+    """How many hosts there are, and the rate in Gbit/s at which each of them sends."""
 
-    rest: float
-    head: float
-    tail: float
+    hosts: int
+    rate: float
 
-    @property
-    def step(self):
-        return self.rest + self.head + self.tail
+    def __str__(self):
+        return f"{self.hosts} hosts, {self.rate} Gbit/s"
 
 
 @dataclass
 class Model:
-    """What communication costs, in seconds where nothing else is said."""
+    """What communication costs: the three costs of bounds(), and what DDP adds to each step."""
 
-    start: float  # once in an all-reduce
-    hop: float  # a piece that is waited for, on its way to the next worker of the ring
-    trips: float  # how many of the wire's delays that takes
-    asks: float  # how many more where a worker has to be ready for the piece before it is sent
-    byte: float  # to copy and add up a byte
-    frames: float  # the bytes on the wire for each byte: headers are sent too
-    bucket: float = 0.0  # to DDP, for each of its buckets
+    costs: np.ndarray
+    ddp: float = 0.0
 
-    @property
-    def costs(self):
-        return np.array([self.start, self.hop, self.trips, self.asks, self.byte, self.frames])
+    def all_reduce(self, link, size):
+        """Return the time for `size` bytes."""
+        return max(bounds(link, size) @ self.costs)
 
-    def all_reduce(self, workers, size, rate, delay):
-        """Return the seconds for `size` bytes, where each worker sends at `rate` Mbit/s."""
-        return float(max(bounds(workers, size, rate, delay) @ self.costs))
-
-    def step(self, pace, workers, rate, delay, buckets=BUCKETS):
-        """Return the seconds of a step: computing, and what that does not hide of communication.
-
-        The agreement on stopping has time until the next step. A bucket is sent when its gradients are there.
-        gloo sends two at a time, so they wait for the wire's delay together, but share its bandwidth.
-        """
-        if workers == 1:
-            return pace.step
-        agreement = self.all_reduce(workers, AGREEMENT, rate, delay)
-        ready = [pace.rest + pace.head, pace.step][-len(buckets) :]
-        ends = [
-            there + self.all_reduce(workers, size, rate, delay)
-            for size, there in zip(buckets, ready, strict=True)
-        ]
-        busy = max(bounds(workers, sum(buckets), rate, delay)[:2] @ self.costs)
-        return float(max(*ends, ready[0] + busy, agreement)) + self.bucket * len(buckets)
+    def step(self, link, compute):
+        """Return the time of a step that computes for so long, beside which the first bucket travels."""
+        first, second = (self.all_reduce(link, size) for size in BUCKETS)
+        return compute + max(first - TAIL * compute, second) + self.ddp
 
 
-def bounds(workers, size, rate, delay):
-    """Return what an all-reduce has of each of the Model's costs, in rows: it takes as long as the longest.
+def bounds(link, size):
+    """Return three lower bounds of an all-reduce's time, in rows: it takes as long as the longest.
 
-    gloo cuts the bytes into pieces, two or more for each worker and of no more than 1 MB, and passes them
-    around a ring, first to add them up and then to tell the sums. Two are under way at a time. So either the
-    wire is always busy, or the processor is, or each piece waits until the one two before it is there.
+    The columns say how often each cost is paid: a hop to the next host, copying and adding up a byte, and a
+    millisecond of the wire. gloo cuts each host's share into two pieces or more, of up to 1 MB. They go round
+    a ring twice: first they are added up, then the sums are handed out. Two are on their way at any time.
     """
-    if workers == 1:
-        return np.zeros((1, 6))
-    if size <= AGREEMENT:
-        # A number is a single piece. Who sent it first has the sum after a whole round, and starts the next
-        # all-reduce while the others are still told of this one; they then have to be ready for it.
-        return np.array([[1, workers, workers * delay, 2 * (workers > 2) * delay, 0, 0]])
-    pieces = math.ceil(max(2 * workers, size / 2**20) / workers) * workers
-    passed, piece = pieces - pieces // workers, size / pieces  # in each half
-    pairs = math.ceil(passed / 2)
-    wire, processor = 2 * passed * piece * 8e-6 / rate, 2 * passed * piece
-    waited = (pairs + (passed % 2 == 0)) / passed  # the part of this that falls between waiting and waiting
-    return np.array(
-        [
-            [1, 2, 2 * delay, 2 * delay, 0, wire],
-            [1, 2, 2 * delay, 2 * delay, processor, 0],
-            [1, 2 * pairs, 2 * pairs * delay, 2 * pairs * delay, waited * processor, waited * wire],
-        ]
-    )
+    hosts, rate = link
+    pieces = max(2, math.ceil(size / hosts / 2**20)) * (hosts - 1)  # that each host sends, in each round
+    hops = 2 * math.ceil(pieces / 2)  # one after the other, in both rounds
+    moved = 2 * size * (hosts - 1) / hosts
+    wire = moved * 8e-6 / rate
+    always_sending = [2, 0, wire]
+    always_adding = [2, moved, 0]
+    often_waiting = [hops, moved / 2, wire / 2]  # each piece for the one two before it
+    return np.array([always_sending, always_adding, often_waiting])
 
 
-def least_squares(matrix, sums):
-    """Return costs, none of them below 0, with which the rows come to about these sums."""
-    used = list(range(matrix.shape[1]))
-    while True:
-        scale = np.linalg.norm(matrix[:, used], axis=0) + 1e-300  # for their sizes lie far apart
-        costs = np.linalg.lstsq(matrix[:, used] / scale, sums, rcond=None)[0]
-        if min(costs) >= 0:
-            break
-        del used[int(np.argmin(costs))]
-    found = np.zeros(matrix.shape[1])
-    found[used] = costs / scale
-    return found.tolist()
+def fit(all_reduces, steps):
+    """Return the Model whose errors, as ratios to what was seen, have the smallest sum.
 
-
-def fit(all_reduces, steps=()):
-    """Return the Model whose errors are least, as ratios to what was measured.
-
-    `all_reduces` are (workers, bytes, rate, delay, seconds), `steps` (pace, workers, rate, delay, seconds).
+    Both lists have what the Model's method takes, and then the time that was seen.
     """
-    seconds = np.array([row[-1] for row in all_reduces])
-    rows = [bounds(*row[:-1]) for row in all_reduces]
-    model = Model(start=0, hop=1e-4, trips=1, asks=1, byte=2e-9, frames=1.05)
-    for _ in range(50):  # which of its bounds an all-reduce keeps to depends on the costs that are looked for
-        matrix = np.array([each[np.argmax(each @ model.costs)] for each in rows]) / seconds[:, None]
-        # Not the squares of the errors count but their sizes: a few odd measurements must not spoil the rest.
+    model, times = Model(np.array([0.1, 1e-6, 1])), np.array([time for *_, time in all_reduces])
+    for _ in range(50):  # which bound is the longest depends on the costs, which are only now being found
+        rows = [max(bounds(*given), key=lambda row: row @ model.costs) for *given, _ in all_reduces]
+        matrix = np.array(rows) / times[:, None]
+        # Least squares; but these weights undo the squares, so that a few odd times do not spoil the rest.
         weights = np.maximum(abs(matrix @ model.costs - 1), 0.01) ** -0.5
-        model = Model(*least_squares(matrix * weights[:, None], weights))
-    if steps:
-        squares = np.array([seconds**-2 for *_, seconds in steps])
-        missing = np.array([seconds - model.step(*place) for *place, seconds in steps])
-        model.bucket = max(0.0, float((squares * missing).sum() / squares.sum()) / len(BUCKETS))
+        model.costs = np.linalg.lstsq(matrix * weights[:, None], weights)[0]
+    model.ddp = np.median([time - model.step(*given) for *given, time in steps])
     return model
