@@ -1,9 +1,9 @@
 """The notebook as a person meets it: in JupyterLab, in a browser, with a mouse, a keyboard and a finger."""
 
-import base64
 import io
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -13,16 +13,25 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-from matplotlib import image as png
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from tests.rig.processes import clean_environment, free_port, need, run
 from tests.rig.project import ROOT
-from tests.rig.tutorial import CODE, NOTEBOOK, PICTURES, assert_is_a_picture, images_of, make_small_tutorial
+from tests.rig.tutorial import (
+    CODE,
+    NOTEBOOK,
+    PICTURES,
+    assert_is_a_picture,
+    images_of,
+    make_small_tutorial,
+    pixels,
+)
 
 pytestmark = pytest.mark.timeout(1800)
 
 RESULTS = ROOT / "test-results"
+DRAWING = os.environ.get("MNIST_DRAWING")  # a file for the moving picture of the pad
 SETTINGS = {
     # All cells are in the page, even those that are not in view.
     "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none", "scrollPastLastCell": False},
@@ -41,8 +50,9 @@ PROMPT = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].at(-1).
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A project with all of the notebook, and little data."""
-    folder = make_small_tutorial(tmp_path_factory.mktemp("browser") / "project")
+    """A project with all of the notebook, and little data; all of it for a picture that is kept."""
+    data = {"train": 60_000, "test": 10_000} if DRAWING else {}
+    folder = make_small_tutorial(tmp_path_factory.mktemp("browser") / "project", **data)
     shutil.copy(ROOT / "notebooks" / "draw.js", folder / "notebooks")
     shutil.copy(ROOT / "Dockerfile", folder)
     return folder
@@ -53,6 +63,7 @@ def browser():
     if not (program := shutil.which("google-chrome")):
         need("chromium", "chromium")
         program = shutil.which("chromium")
+    RESULTS.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=QUIET.split())
         yield browser
@@ -90,7 +101,10 @@ def lab(project, browser):
 @pytest.fixture(scope="module")
 def notebook(lab, browser):
     """The notebook in JupyterLab, after Run All Cells. `live` is the trainer's log when it began."""
-    context = browser.new_context(viewport={"width": 1280, "height": 1600}, has_touch=True)
+    scale = 2 if DRAWING else 1  # sharp on any screen
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 1600}, device_scale_factor=scale, has_touch=True
+    )
     context.set_default_timeout(2 * MINUTES)
     page = context.new_page()
     page_errors = []
@@ -132,13 +146,7 @@ def number(name):
 
 def photograph(part, name, **how):
     """Save a screenshot of a page, or of a part of it, for people; return its pixels."""
-    RESULTS.mkdir(exist_ok=True)
     return pixels(part.screenshot(path=RESULTS / f"{name}.png", **how))
-
-
-def pixels(contents):
-    """Return a picture, the bytes of a PNG file, as numbers from 0 to 1."""
-    return png.imread(io.BytesIO(contents))[..., :3]
 
 
 def test_all_cells_run_and_none_shows_an_error_or_a_warning(notebook):
@@ -166,58 +174,78 @@ def test_the_log_comes_while_the_trainer_runs(notebook):
 
 def test_every_picture_is_drawn_on_the_screen(notebook):
     images = notebook.page.locator(".jp-OutputArea img")
-    assert images.count() == PICTURES - 1  # the paper takes the place of one
+    assert images.count() == PICTURES - 1  # the pad takes the place of one
     for i, image in enumerate(images.all()):
         contents = {name: image.get_attribute(name) for name in ("src", "alt")}
-        assert_is_a_picture(contents)
+        meant = assert_is_a_picture(contents)
         image.scroll_into_view_if_needed()
         notebook.page.wait_for_timeout(300)  # JupyterLab lays out what comes into view
         there = photograph(image, f"picture-{i + 1:02}")
-        meant = pixels(base64.b64decode(contents["src"].split(",")[1]))
         assert there.mean() == pytest.approx(meant.mean(), abs=0.02), contents["alt"]
         assert there.std() == pytest.approx(meant.std(), abs=0.05), contents["alt"]
 
 
 # --- Writing digits: points on a paper of 100 by 100 ----------------------------------------------
 
+
+def arc(x, y, width, height, first, last, steps):
+    """Return points on an ellipse around (x, y), clockwise from one angle to another: 0 is on its right."""
+    turns = [math.radians(first + (last - first) * i / steps) for i in range(steps + 1)]
+    return [(x + width * math.cos(turn), y + height * math.sin(turn)) for turn in turns]
+
+
+ZERO = arc(50, 50, 24, 36, -90, 270, 24)
 ONE = [(56, 12), (52, 40), (49, 65), (46, 90)]
-SEVEN = [(22, 20), (50, 19), (78, 18), (64, 42), (52, 66), (42, 92)]
-ZERO = [(50 + 24 * math.sin(turn / 12), 50 - 36 * math.cos(turn / 12)) for turn in range(0, 76, 3)]
+THREE = arc(47, 30, 20, 17, -155, 90, 13) + arc(47, 68, 23, 20, -90, 150, 14)
+SEVEN = [(24, 17), (35, 16), (46, 16), (57, 16), (67, 15), (77, 15), (73, 22), (69, 29), (65, 36), (61, 43)]
+SEVEN += [(57, 50), (54, 57), (51, 64), (48, 71), (45, 78), (43, 85)]
 
 
 @pytest.fixture
-def paper(notebook):
-    """The empty paper, in view."""
+def pad(notebook):
+    """The pad, in view, with empty paper."""
     pad = notebook.page.locator(".pad")
     pad.scroll_into_view_if_needed()
-    pad.get_by_role("button", name="Clear").click()
-    expect(pad.get_by_role("status")).to_have_text("Nothing to read yet.")
-    yield pad.get_by_role("application", name=re.compile("Draw a digit"))
+    clear(pad)
+    yield pad
     notebook.page.mouse.up()
 
 
-def on_the_page(paper, points):
-    box = paper.bounding_box()
+def clear(pad):
+    pad.get_by_role("button", name="Clear").click()
+    expect_it_says(pad, "Nothing to read yet.")
+
+
+def expect_it_says(pad, words):
+    expect(pad.get_by_role("status")).to_have_text(words)
+
+
+def paper(pad):
+    return pad.get_by_role("application", name=re.compile("Draw a digit"))
+
+
+def on_the_page(pad, points):
+    box = paper(pad).bounding_box()
     return [(box["x"] + x / 100 * box["width"], box["y"] + y / 100 * box["height"]) for x, y in points]
 
 
-def write(notebook, paper, points):
-    """Write with the mouse, at the speed of a hand."""
-    (x, y), *rest = on_the_page(paper, points)
-    mouse = notebook.page.mouse
-    mouse.move(x, y)
-    mouse.down()
-    for x, y in rest:
-        mouse.move(x, y, steps=4)
-        notebook.page.wait_for_timeout(20)
+def write(pad, points, look=lambda: None):
+    """Write with the mouse, at the speed of a hand, and look at every second point. The mouse stays down."""
+    (x, y), *rest = on_the_page(pad, points)
+    pad.page.mouse.move(x, y)
+    pad.page.mouse.down()
+    for i, (x, y) in enumerate(rest):
+        pad.page.mouse.move(x, y, steps=2)
+        pad.page.wait_for_timeout(20)
+        if i % 2:
+            look()
 
 
 @pytest.mark.parametrize(("digit", "points"), [(1, ONE), (7, SEVEN), (0, ZERO)])
-def test_a_digit_written_with_the_mouse_is_read(digit, points, notebook, paper):
-    pad = notebook.page.locator(".pad")
-    write(notebook, paper, points)
-    expect(pad.get_by_role("status")).to_have_text(f"It reads a {digit}.")  # the mouse is still down
-    notebook.page.mouse.up()
+def test_a_digit_written_with_the_mouse_is_read(digit, points, pad):
+    write(pad, points)
+    expect_it_says(pad, f"It reads a {digit}.")
+    pad.page.mouse.up()
     photograph(pad, f"written-{digit}")
     percents = [int(text.rstrip(" %")) for text in pad.locator(".percent").all_text_contents()]
     assert percents[digit] == max(percents) > 50
@@ -226,26 +254,54 @@ def test_a_digit_written_with_the_mouse_is_read(digit, points, notebook, paper):
     assert pad.locator(".bar").evaluate_all(widths) == pytest.approx(percents, abs=1)
 
 
-def test_the_bars_move_while_a_digit_is_written(notebook, paper):
-    bars = notebook.page.locator(".pad .percent")
-    write(notebook, paper, SEVEN[:3])
-    half = on_the_page(paper, SEVEN[3:])
-    expect(notebook.page.locator(".pad").get_by_role("status")).to_have_text(re.compile("It reads a"))
-    first = bars.all_text_contents()
-    for x, y in half:
-        notebook.page.mouse.move(x, y, steps=4)
-    expect(bars.nth(7)).not_to_have_text(first[7])
-    notebook.page.mouse.up()
+def test_the_bars_move_while_digits_are_written(pad):
+    """A moving picture shows it. The README's is of a network that has learned from all digits.
+
+    This renews it, in about five minutes:
+    MNIST_DRAWING=docs/drawing.gif .venv/bin/python -m pytest tests/test_browser.py -k bars_move
+    """
+    box, frames, durations, readings = pad.bounding_box(), [], [], []
+
+    def look(milliseconds=120):
+        pad.page.wait_for_timeout(60)  # for the bars
+        frames.append(Image.open(io.BytesIO(pad.page.screenshot(clip=box))).convert("RGB"))
+        durations.append(milliseconds)
+        readings.append(tuple(pad.locator(".percent").all_text_contents()))
+
+    for digit, points in ((3, THREE), (7, SEVEN)):
+        clear(pad)
+        look(500)
+        write(pad, points, look)
+        expect_it_says(pad, f"It reads a {digit}.")
+        pad.page.mouse.up()
+        look(2000)
+    assert len(set(readings)) > 6
+
+    # The end comes first, for those who see a picture that does not move.
+    first, *rest = map(with_few_colours, frames[-1:] + frames[:-1])
+    file = ROOT / (DRAWING or RESULTS / "drawing.gif")
+    first.save(file, save_all=True, append_images=rest, duration=durations[-1:] + durations[:-1], loop=0)
+    with Image.open(file) as picture:
+        assert picture.n_frames > 20
+        assert picture.size[0] >= 600 and picture.size[1] >= 300
+    assert file.stat().st_size < 300_000
 
 
-def test_a_digit_written_with_the_arrow_keys_is_read(notebook, paper):
-    paper.focus()
+def with_few_colours(picture):
+    """Return a picture in 16 grays and the bars' blue, without dots that would mix more: sharp and small."""
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([gray for gray in range(0, 256, 17) for _ in "rgb"] + [0x1F, 0x77, 0xB4])
+    return picture.quantize(palette=palette, dither=Image.Dither.NONE)
+
+
+def test_a_digit_written_with_the_arrow_keys_is_read(pad):
+    paper(pad).focus()
     for key in [*["ArrowUp"] * 14, " ", *["ArrowDown"] * 25, " "]:
-        paper.press(key)
-    expect(notebook.page.locator(".pad").get_by_role("status")).to_have_text("It reads a 1.")
-    photograph(notebook.page.locator(".pad"), "written-with-keys")
-    paper.press("Delete")
-    expect(notebook.page.locator(".pad").get_by_role("status")).to_have_text("Nothing to read yet.")
+        paper(pad).press(key)
+    expect_it_says(pad, "It reads a 1.")
+    photograph(pad, "written-with-keys")
+    paper(pad).press("Delete")
+    expect_it_says(pad, "Nothing to read yet.")
 
 
 # --- On a phone -----------------------------------------------------------------------------------
@@ -267,19 +323,17 @@ def phone(notebook):
     notebook.page.set_viewport_size(before)
 
 
-def test_on_a_phone_no_picture_is_cut_and_a_finger_writes(phone, notebook):
+def test_on_a_phone_no_picture_is_cut_and_a_finger_writes(phone, pad):
     expect(phone.locator(".jp-OutputArea img").first).to_be_visible()
     phone.wait_for_timeout(1000)  # JupyterLab lays itself out anew
     assert phone.locator(".jp-OutputArea img, .pad .paper, .pad .bars").evaluate_all(CUT) == []
-    pad = phone.locator(".pad")
-    pad.get_by_role("button", name="Clear").click()
-    pad.locator(".paper").scroll_into_view_if_needed()
+    paper(pad).scroll_into_view_if_needed()
     touch = phone.context.new_cdp_session(phone)
     kinds = ["touchStart", *["touchMove"] * (len(ONE) - 1)]
-    for kind, (x, y) in zip(kinds, on_the_page(pad.locator(".paper"), ONE), strict=True):
+    for kind, (x, y) in zip(kinds, on_the_page(pad, ONE), strict=True):
         touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y}]})
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-    expect(pad.get_by_role("status")).to_have_text("It reads a 1.")
+    expect_it_says(pad, "It reads a 1.")
     photograph(phone, "phone")
 
 
@@ -314,6 +368,5 @@ def test_the_html_export_has_all_pictures_and_its_links_lead_somewhere(stored_pa
     outside = sorted({link for link in links if not link.startswith("#")})
     files = {link for link in outside if not re.match(r"https?://[\w.-]+", link)}
     assert [link for link in files if not (ROOT / "notebooks" / link.partition("#")[0]).is_file()] == []
-    RESULTS.mkdir(exist_ok=True)
     (RESULTS / "external-links.txt").write_text("\n".join(outside) + "\n")
     photograph(stored_page, "html-on-a-phone", full_page=True)

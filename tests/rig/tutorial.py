@@ -87,9 +87,9 @@ def save_small(folder, names, *more):
     save([*cells.values(), *map(nbformat.v4.new_code_cell, more)], folder)
 
 
-def make_small_tutorial(folder):
+def make_small_tutorial(folder, train=5350, test=1000):
     """Make `folder` a project with all of the notebook; its few digits have the mean and deviation of all."""
-    save_small(make_small_project(folder, train=5350, test=1000), CELLS)
+    save_small(make_small_project(folder, train, test), CELLS)
     return folder
 
 
@@ -111,11 +111,18 @@ class Images(HTMLParser):
 
 
 def assert_is_a_picture(image):
-    """It has a description, and it is not blank."""
+    """It has a description, and it is not blank. Returns its pixels."""
     assert len(image["alt"]) > 20
     kind, contents = image["src"].split(",", 1)
     assert kind == "data:image/png;base64"
-    assert png.imread(io.BytesIO(base64.b64decode(contents)))[..., :3].std() > 0.05, image["alt"]
+    found = pixels(base64.b64decode(contents))
+    assert found.std() > 0.05, image["alt"]
+    return found
+
+
+def pixels(contents):
+    """Return a picture, the bytes of a PNG file, as numbers from 0 to 1."""
+    return png.imread(io.BytesIO(contents))[..., :3]
 
 
 def images_of(notebook):
