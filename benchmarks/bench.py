@@ -1,21 +1,20 @@
 """Compare mnist.py with its peers: the same network on the same digits, on the same cores, in one run.
 
-python benchmarks/bench.py                                   what `make bench` does: all of it
-python benchmarks/bench.py --images 512 --rounds 1 --cap 2   a trial of minutes; it prints the table only
+python benchmarks/bench.py                                   everything, as `make bench` does
+python benchmarks/bench.py --images 512 --rounds 1 --cap 2   a trial of minutes, which only prints the table
 python benchmarks/bench.py --gpu --epochs 5                  on an NVIDIA GPU, those that use PyTorch
-python benchmarks/bench.py --render                          only the pages and the picture, from results.json
+python benchmarks/bench.py --render                          only the page and the picture, from results.json
 
-In each round every contender trains and evaluates in a process of its own. They take turns, in another
-order in each round, so that whatever else the machine does falls on all alike. Then each trains once more,
-for 5 epochs or more, until it has got 99 % of the test images right, or had --cap epochs. All is timed by
-this program, when a contender's lines arrive.
+Each contender trains and evaluates in a process of its own. They take turns, in a different order in each
+round, so other work on the machine slows all of them alike. Then each trains once more, for at least 5
+epochs, until it gets 99 % of the test images right or reaches --cap epochs. This program does the timing:
+it notes when each line of a contender's output arrives.
 """
 
 import argparse
 import json
 import os
 import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -33,77 +32,65 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.reporting import processor, replace_between
 
-# Nothing large is imported up here: the peak memory of a child is never less than this process has.
+# Nothing large is imported up here: a child's peak memory is never less than that of this process.
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "benchmarks" / "README.md"
-PAGES = (PAGE, ROOT / "README.md")
+PAGE = ROOT / "docs" / "peers.md"
 PICTURE = ROOT / "docs" / "bench.png"
 RESULTS = ROOT / "benchmarks" / "results.json"
 GPU_RESULTS = ROOT / "benchmarks" / "results-gpu.json"
 IMAGES = 60_000
-GOAL = 0.99
-FINAL = 5  # epochs after which accuracies are compared: mnist.py's default
-LIMIT = 3600  # seconds until a contender is taken to hang
+GOAL = 0.99  # share of the test images
+FINAL = 5  # accuracies are compared after this many epochs, mnist.py's default
+LIMIT = 3600  # seconds after which a contender counts as hanging
 NOTHING = "—"  # in the table, where nothing was measured
 PACKAGES = ("torch", "torchvision", "lightning", "pytorch-ignite", "keras", "flax", "jax")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the table. `flags` are those of mnist.py where there is no `script` of a peer."""
+    """One row of the table: a program in peers/, or mnist.py with these flags."""
 
-    key: str  # for --only, and in results.json
+    key: str  # in results.json, and for --only
     title: str
-    script: str = ""
+    peer: str = ""
     flags: tuple = ()
 
     @property
     def own(self):
-        """Whether it has a network of its own: then its epochs are other work, and not compared."""
+        """Whether it trains a network of its own. That is different work, so its epochs are not compared."""
         return "--own" in self.flags
 
     @property
     def on_gpu(self):
-        """Whether it can use a GPU here: of JAX, the build for CPUs is installed."""
-        return self.script not in ("with_keras.py", "with_flax.py")
+        """Whether it can use a GPU here: the installed build of JAX cannot."""
+        return self.peer not in ("with_keras.py", "with_flax.py")
 
-    def command(self, epochs, threads, images, gpu, output):
+    def command(self, epochs, output, images=None, gpu=False):
         """Return the arguments for Python."""
-        if self.script:
+        flags = ("--epochs", epochs, *self.flags)
+        if self.peer:
             few = ("--images", images) if images else ()
-            return (
-                f"benchmarks/peers/{self.script}",
-                "--epochs",
-                epochs,
-                "--threads",
-                threads,
-                *few,
-                *(("--gpu",) if gpu else ()),
-                *self.flags,
-            )
-        ours = ("benchmarks/peers/ours_on_few.py", images) if images else ("mnist.py",)
-        device = () if gpu else ("--no-cuda",)
-        return (*ours, "--epochs", epochs, *device, "--output-dir", output, *self.flags)
+            return (f"benchmarks/peers/{self.peer}", *flags, *few, *(("--gpu",) if gpu else ()))
+        program = ("benchmarks/peers/ours_on_few.py", images) if images else ("mnist.py",)
+        return (*program, *flags, "--output-dir", output, *(() if gpu else ("--no-cuda",)))
 
 
 OURS = Contender("ours", "**mnist.py**")
-# The peers' optimiser and schedule. What has no flag stays: averaged weights, and less dropout.
-PEERS_RECIPE = tuple(
-    shlex.split("--optimizer adadelta --lr 1.0 --gamma 0.7 --no-augment --label-smoothing 0")
-)
+# The peers' optimiser and schedule. The averaged weights and the weaker dropout have no flag, so they stay.
+PEERS_RECIPE = "--optimizer adadelta --lr 1.0 --gamma 0.7 --no-augment --label-smoothing 0"
 CONTENDERS = (
     OURS,
-    Contender("ours_adadelta", "mnist.py, with the others' recipe", flags=PEERS_RECIPE),
+    Contender("ours_adadelta", "mnist.py with the peers' recipe", flags=tuple(PEERS_RECIPE.split())),
     Contender("pytorch_example", "PyTorch's example", "pytorch_example.py"),
-    Contender("seed", "the tutorial it descends from", "seed.py"),
+    Contender("older_tutorial", "the older tutorial", "older_tutorial.py"),
     Contender("lightning", "Lightning", "with_lightning.py"),
     Contender("ignite", "Ignite", "with_ignite.py"),
     Contender("keras", "Keras on JAX", "with_keras.py"),
     Contender("flax", "Flax", "with_flax.py"),
-    Contender("ignite_own", "Ignite, its example's network", "with_ignite.py", ("--own",)),
-    Contender("keras_own", "Keras on JAX, its example's network", "with_keras.py", ("--own",)),
-    Contender("flax_own", "Flax, its example's network", "with_flax.py", ("--own",)),
+    Contender("ignite_own", "Ignite, its own network", "with_ignite.py", ("--own",)),
+    Contender("keras_own", "Keras on JAX, its own network", "with_keras.py", ("--own",)),
+    Contender("flax_own", "Flax, its own network", "with_flax.py", ("--own",)),
 )
 KEYS = [contender.key for contender in CONTENDERS]
 
@@ -112,61 +99,41 @@ KEYS = [contender.key for contender in CONTENDERS]
 
 
 def environment(threads, gpu):
-    """Return the environment of all contenders: so many threads, and a GPU if it is asked for."""
+    """Return the environment of all contenders: the number of threads, and a GPU only if asked for."""
     threads = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
     return os.environ | threads | hidden | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
 
 
-def events(line, is_first):
-    """Return what a line of a contender's output says: a dict with "begin", "step" or "accuracy".
-
-    mnist.py begins with its first line, before it reads the data, and shows a loss only after a step: so
-    reading counts as a part of its first epoch, and the first step as a part of its start.
-    """
-    if line.startswith("{"):
-        said = json.loads(line)
-        return {"begin": True, "step": True} if "ready" in said else {"accuracy": said["accuracy"]}
-    if is_first:
-        return {"begin": True}
-    if line.startswith("Epoch:"):
-        return {"step": True}
-    if line.startswith("accuracy="):
-        return {"accuracy": float(line.removeprefix("accuracy="))}
-    return {}
-
-
 def run(contender, epochs, threads, images=None, gpu=False, enough=lambda epochs: False):
-    """Train and evaluate once, until the epochs so far are `enough`. Returns what was seen, as a dict."""
+    """Train and evaluate, and stop early when `enough` says so. Returns the measurements as a dict.
+
+    The first epoch of mnist.py begins with its first line, before it reads the data, and its start-up ends
+    with the loss of its first step. Peers print a line when they have read the data, which marks both.
+    """
     seen = {"contender": contender.key, "start_up": None, "epochs": [], "error": None}
     with tempfile.TemporaryDirectory() as output, tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, *map(str, contender.command(epochs, threads, images, gpu, output))],
-            cwd=ROOT,
-            env=environment(threads, gpu),
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
+        command = [sys.executable, *map(str, contender.command(epochs, output, images, gpu))]
+        streams = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(threads, gpu), **streams)
         hanging = threading.Timer(LIMIT, process.kill)
         hanging.start()
         cpu_times = psutil.Process(process.pid).cpu_times
         clock, cpu, stopped = start, 0.0, False
         for number, line in enumerate(process.stdout):
-            event, now = events(line, is_first=number == 0), time.perf_counter()
-            if event.get("step") and seen["start_up"] is None:
+            now, (what, _, value) = time.perf_counter(), line.partition("=")
+            ready, done = line.startswith("Epoch:"), what == "accuracy"
+            if ready and seen["start_up"] is None:
                 seen["start_up"] = now - start
-            if "accuracy" in event and not stopped:
-                spent = sum(cpu_times()[:2]) - cpu  # of user and system
-                seen["epochs"].append(
-                    {"seconds": now - clock, "cpu_seconds": spent, "accuracy": event["accuracy"]}
-                )
+            if done and not stopped:
+                spent = {"seconds": now - clock, "cpu_seconds": sum(cpu_times()[:2]) - cpu}  # user and system
+                seen["epochs"].append({**spent, "accuracy": float(value)})
                 if stopped := enough(seen["epochs"]):
                     process.terminate()
-            if "begin" in event or "accuracy" in event:
+            if done or (ready if contender.peer else number == 0):
                 clock, cpu = now, sum(cpu_times()[:2])
-        _, status, usage = os.wait4(process.pid, 0)  # Popen's own wait() does not tell the memory
+        _, status, usage = os.wait4(process.pid, 0)  # unlike Popen.wait(), this reports memory
         process.returncode = os.waitstatus_to_exitcode(status)
         hanging.cancel()
         seen["peak_memory"] = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -180,216 +147,171 @@ def reason(errors, code):
     """Return in a few words why a contender failed, from what it wrote to standard error."""
     last = (errors.strip().splitlines() or [f"exit code {code}"])[-1]
     kind, _, message = last.partition(": ")
-    if kind in ("ModuleNotFoundError", "ImportError"):
-        return f"not installed: {message}"
-    return f"failed: {last}"
+    missing = kind in ("ModuleNotFoundError", "ImportError")
+    return f"not installed: {message}" if missing else f"failed: {last}"
 
 
-def compare(contenders, args, keep):
-    """Run all, in rounds and then for long. Calls `keep` with what was seen of each run."""
-    broken = set()
-
-    def turn(contender, number, *rest, **options):
-        if contender.key in broken:
-            return
-        where = {"threads": args.threads, "images": args.images, "gpu": args.gpu}
-        seen = {"round": number, **run(contender, *rest, **where, **options)}
-        if seen["error"]:
-            broken.add(contender.key)
-        keep(seen)
-
-    for number in range(1, args.rounds + 1):
-        same_work = [contender for contender in contenders if not contender.own]
-        first = (number - 1) * len(same_work) // args.rounds
+def schedule(contenders, rounds, epochs, cap):
+    """Yield (round, contender, options of `run`) for each run. The long runs at the end have no round."""
+    same_work = [contender for contender in contenders if not contender.own]
+    for number in range(1, rounds + 1):
+        first = (number - 1) * len(same_work) // rounds
         for contender in same_work[first:] + same_work[:first]:
-            turn(contender, number, args.epochs)
+            yield number, contender, {"epochs": epochs}
 
     def enough(epochs):
-        return len(epochs) >= min(FINAL, args.cap) and max(epoch["accuracy"] for epoch in epochs) >= GOAL
+        return len(epochs) >= min(FINAL, cap) and max(epoch["accuracy"] for epoch in epochs) >= GOAL
 
-    for contender in contenders if args.cap else ():
-        turn(contender, None, args.cap, enough=enough)  # belongs to no round
-
-
-def gpu_name():
-    """Return the name of the GPU that PyTorch would use; the program ends where there is none."""
-    # In a process of its own, for torch is large.
-    ask = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    answer = subprocess.run([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True, check=True)
-    return answer.stdout.strip() or sys.exit("bench.py: PyTorch finds no NVIDIA GPU here: leave out --gpu")
+    for contender in contenders if cap else ():
+        yield None, contender, {"epochs": cap, "enough": enough}
 
 
-def machine(args):
-    """Return what the results depend on."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "date": date.today().isoformat(),
-        "cpu": processor(),
-        "python": platform.python_version(),
-        "packages": versions,
-        "contenders": [
-            contender.key
-            for contender in CONTENDERS
-            if contender.key in (args.only or KEYS) and (contender.on_gpu or not args.gpu)
-        ],
-        "gpu": gpu_name() if args.gpu else None,
-        "threads": args.threads,
-        "images": args.images or IMAGES,
-        "rounds": args.rounds,
-        "cap": args.cap,
-    }
+def prepare():
+    """Unpack the digits for the peers. Returns the name of the GPU that PyTorch finds, or an empty string."""
+    # In a process of its own, because torch is large.
+    code = (
+        "import torch; from torchvision.datasets import MNIST; MNIST('datasets', download=True); "
+        "print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    )
+    return subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).splitlines()[-1]
 
 
-# --- What it amounts to ---------------------------------------------------------------------------
+# --- What the results say -------------------------------------------------------------------------
 
 
 def summarise(results):
-    """Return a dict for each contender, with medians over its rounds and what its long run showed."""
+    """Return a dict for each contender: medians over its rounds, and the outcome of its long run."""
     return [summary(contender, results) for contender in CONTENDERS if contender.key in results["contenders"]]
 
 
 def summary(contender, results):
-    """Return one row: seconds, bytes, accuracies; None where there is nothing to say."""
+    """Return one contender's seconds, bytes and accuracies, each None if it was not measured."""
     runs = [run for run in results["runs"] if run["contender"] == contender.key]
-    row = {"title": contender.title, "key": contender.key, "own": contender.own}
-    row["error"] = next((run["error"] for run in runs if run["error"]), None)
     rounds = [run for run in runs if run["round"] and not run["error"]]
-    long = next((run for run in runs if not run["round"] and not run["error"]), None)
-    measured = rounds or ([long] if long else [])
+    long = [run for run in runs if not run["round"] and not run["error"]]
+    measured = rounds or long
     epochs = [epoch for run in measured for epoch in run["epochs"]]
-
-    def median(numbers):
-        return statistics.median(numbers) if numbers else None
-
-    row["seconds"] = median([epoch["seconds"] for epoch in epochs])
-    row["cpu_seconds"] = median([epoch["cpu_seconds"] for epoch in epochs])
-    row["images_per_second"] = results["images"] / row["seconds"] if epochs else None
-    row["peak_memory"] = median([run["peak_memory"] for run in measured])
-    row["start_up"] = median([run["start_up"] for run in measured])
-    # A ratio within each round: both had the same neighbours then.
+    # The ratio is taken within each round, when other work on the machine slowed both alike.
     ours = {run["round"]: run for run in results["runs"] if run["contender"] == OURS.key and not run["error"]}
     ratios = [epoch_time(run) / epoch_time(ours[run["round"]]) for run in rounds if run["round"] in ours]
-    row["ratio"] = median(ratios)
-    row["to_goal"] = row["epochs_to_goal"] = row["final"] = None
-    if long:
-        right = [epoch["accuracy"] for epoch in long["epochs"]]
-        row["final"] = right[min(FINAL, len(right)) - 1]
-        if max(right) >= GOAL:
-            row["epochs_to_goal"] = next(n for n, share in enumerate(right, 1) if share >= GOAL)
-            row["to_goal"] = sum(epoch["seconds"] for epoch in long["epochs"][: row["epochs_to_goal"]])
-    return row
+    right = [epoch["accuracy"] for run in long for epoch in run["epochs"]]
+    count = next((number for number, share in enumerate(right, 1) if share >= GOAL), None)
+    to_goal = [epoch["seconds"] for run in long for epoch in run["epochs"][:count]]
+    return {
+        "contender": contender,
+        "error": next((run["error"] for run in runs if run["error"]), None),
+        "seconds": median(epoch["seconds"] for epoch in epochs),
+        "cpu_seconds": median(epoch["cpu_seconds"] for epoch in epochs),
+        "peak_memory": median(run["peak_memory"] for run in measured),
+        "start_up": median(run["start_up"] for run in measured),
+        "ratio": median(ratios),
+        "final": right[min(FINAL, len(right)) - 1] if right else None,
+        "epochs_to_goal": count,
+        "to_goal": sum(to_goal) if count else None,
+    }
 
 
 def epoch_time(run):
-    """Return the seconds of an epoch; of several, the median, for the first may have a GPU's start in it."""
-    return statistics.median(epoch["seconds"] for epoch in run["epochs"])
+    """Return the median time of its epochs, because the first may include the start of a GPU."""
+    return median(epoch["seconds"] for epoch in run["epochs"])
+
+
+def median(numbers):
+    numbers = list(numbers)
+    return statistics.median(numbers) if numbers else None
 
 
 def table(results):
     """Return the results as Markdown."""
-    few = "" if results["images"] == IMAGES else f", {results['images']:,} images only"
-    versions = ", ".join(f"{name} {version}" for name, version in results["packages"].items() if version)
-    gpu = f"{results['gpu']} beside " if results.get("gpu") else ""
+    few = "" if results["images"] == IMAGES else f", only {results['images']:,} images"
+    versions = ", ".join(f"{name} {number}" for name, number in results["packages"].items() if number)
+    gpu = f"{results['gpu']} with " if results.get("gpu") else ""
     seconds = "{:.2f} s" if gpu else "{:.1f} s"
     lines = [
         f"{gpu}{results['cpu']}, {plural(results['threads'], 'thread')}{few}; {results['date']}; "
         f"Python {results['python']}, {versions}. Medians of {plural(results['rounds'], 'round')}.",
         "",
-        "| trainer | an epoch | ratio to mnist.py | images a second | CPU time | peak memory | start "
-        f"| to {percent(GOAL, 0)} | after {plural(min(FINAL, results['cap']), 'epoch')} |",
+        "| trainer | epoch | ratio to mnist.py | images per second | CPU time | peak memory | start-up "
+        f"| to 99 % | after {plural(min(FINAL, results['cap']), 'epoch')} |",
         "|---|" + "--:|" * 8,
     ]
     for row in summarise(results):
+        title = row["contender"].title
         if row["error"]:
-            lines.append(f"| {row['title']} | {row['error'].replace('|', '/')} |" + " |" * 7)
+            lines.append(f"| {title} | {row['error'].replace('|', '/')} |" + " |" * 7)
             continue
-        goal = f"not in {plural(results['cap'], 'epoch')}" if row["final"] else NOTHING
-        if row["to_goal"]:
-            to_goal = f"{row['to_goal']:.1f}" if gpu else f"{row['to_goal']:.0f}"
-            goal = f"{to_goal} s ({plural(row['epochs_to_goal'], 'epoch')})"
         cells = (
-            row["title"],
+            title,
             show(row["seconds"], seconds),
             show(row["ratio"], "{:.2f}"),
-            show(row["images_per_second"], "{:,.0f}"),
+            show(row["seconds"] and results["images"] / row["seconds"], "{:,.0f}"),
             show(row["cpu_seconds"], seconds),
             show(row["peak_memory"], "{:.2f} GiB", 2**30),
             show(row["start_up"], "{:.1f} s"),
-            goal,
-            percent(row["final"]) if row["final"] else NOTHING,
+            time_to_goal(row, results),
+            show(row["final"], "{:.2f} %", 0.01),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def time_to_goal(row, results):
+    """Return it in words."""
+    if not row["to_goal"]:
+        return f"not in {plural(results['cap'], 'epoch')}" if row["final"] else NOTHING
+    digits = 1 if results.get("gpu") else 0
+    return f"{row['to_goal']:.{digits}f} s ({plural(row['epochs_to_goal'], 'epoch')})"
 
 
 def show(number, form, unit=1):
     return NOTHING if number is None else form.format(number / unit)
 
 
-def percent(share, digits=2):
-    return f"{100 * share:.{digits}f} %"
-
-
 def plural(number, thing):
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def write_between_markers(page, text, mark="bench"):
-    """Put `text` between the markers of a page, and leave the rest of it as it is."""
-    page.write_text(replace_between(page.read_text(), mark, text))
-
-
 def draw(results, picture):
-    """Draw an epoch's time as a ratio to mnist.py's, and the time to the goal."""
+    """Draw the ratios to mnist.py's time for an epoch, and the times to the goal."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     ours, peers, other = "#0072B2", "#E69F00", "#BBBBBB"  # told apart by the colour-blind, and in grey
-    rows = [row for row in summarise(results) if not row["error"]][::-1]
 
-    def bars(axes, rows, values, labels):
-        longest = max((value for value in values if value), default=1)
-        for place, (row, value, label) in enumerate(zip(rows, values, labels, strict=True)):
-            colour = ours if row["key"].startswith("ours") else other if row["own"] else peers
-            axes.barh(place, value or 0, color=colour, height=0.7)
-            axes.text((value or 0) + longest * 0.02, place, label, va="center", fontsize=9)
-        axes.set_yticks(range(len(rows)), [row["title"].strip("*") for row in rows])
-        axes.set_xlim(0, longest * 1.3)
+    def bars(axes, title, rows, key, label):
+        contenders = [row["contender"] for row in rows]
+        names = [contender.title.strip("*") for contender in contenders]
+        colours = [other if each.own else peers if each.peer else ours for each in contenders]
+        drawn = axes.barh(names, [row[key] or 0 for row in rows], color=colours, height=0.7)
+        axes.bar_label(drawn, [label(row) for row in rows], padding=4, fontsize=9)
+        axes.margins(x=0.35)  # room for the labels
         axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(title, fontsize=10)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    rows = [row for row in summarise(results) if not row["error"]][::-1]
     same = [row for row in rows if row["ratio"]]
-    bars(left, same, [row["ratio"] for row in same], [f"{row['ratio']:.2f}" for row in same])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    title = "Time for an epoch, relative to mnist.py (less is better)"
+    bars(left, title, same, "ratio", lambda row: f"{row['ratio']:.2f}")
     left.axvline(1, color="black", linewidth=0.8)
-    left.set_title("Time of an epoch, as a ratio to mnist.py (less is better)", fontsize=10)
-    texts = [
-        f"{row['to_goal']:.0f} s, {plural(row['epochs_to_goal'], 'epoch')}"
-        if row["to_goal"]
-        else f"not in {plural(results['cap'], 'epoch')}"
-        for row in rows
-    ]
-    bars(right, rows, [row["to_goal"] for row in rows], texts)
-    right.set_title(f"Seconds to {percent(GOAL, 0)} of the test set (grey: a smaller network)", fontsize=10)
+    title = "Seconds to 99 % accuracy (grey: a smaller network)"
+    bars(right, title, rows, "to_goal", lambda row: time_to_goal(row, results))
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 
 
-def render(results, pages=PAGES, picture=PICTURE):
-    """Write the table into the pages, and the picture; of a GPU, only the table into this folder's page."""
+def render(results, page=PAGE, picture=PICTURE):
+    """Write the table into the page, and the picture beside it. Results of a GPU get no picture."""
+    mark, text = "bench", table(results)
     if results.get("gpu"):
-        return write_between_markers(PAGE, table(results), "bench-gpu")
-    draw(results, picture)
-    for page in pages:
-        path = os.path.relpath(picture, page.parent)
-        alt = "Bars: time of an epoch as a ratio to mnist.py, and time to 99 %, for each trainer in the table"
-        write_between_markers(page, f"{table(results)}\n\n![{alt}]({path})")
+        mark = "bench-gpu"
+    else:
+        draw(results, picture)
+        alt = "Bars: time for an epoch relative to mnist.py, and time to 99 %, for each trainer in the table"
+        text += f"\n\n![{alt}]({os.path.relpath(picture, page.parent)})"
+    page.write_text(replace_between(page.read_text(), mark, text))
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -399,23 +321,27 @@ def parse_arguments(argv):
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--rounds", type=int, default=3, help="how often each trains for --epochs (default: 3)")
-    add("--epochs", type=int, default=1, help="of a contender in a round (default: 1)")
-    add("--cap", type=int, default=10, help="epochs in which to reach 99 %%; 0: do not try (default: 10)")
+    add("--rounds", type=int, default=3, help="default: 3")
+    add("--epochs", type=int, default=1, help="how long a contender trains in a round (default: 1)")
+    add("--cap", type=int, default=10, help="epochs allowed to reach 99 %%; 0: do not try (default: 10)")
     add("--threads", type=int, default=len(cores), help="of each contender (default: all cores)")
-    add("--images", type=int, help="a trial on so many images; prints the table only")
+    add("--images", type=int, help="a trial with this many images; prints the table only")
     add("--only", nargs="+", choices=KEYS, metavar="NAME", help=f"a trial with some of {', '.join(KEYS)}")
-    add("--gpu", action="store_true", help="on an NVIDIA GPU; only those that use PyTorch")
-    add("--results", type=Path, help="where the raw results go (default: in benchmarks/)")
-    add("--render", action="store_true", help="run nothing, write pages and picture from the results")
+    add("--gpu", action="store_true", help="use an NVIDIA GPU; only for those that use PyTorch")
+    add("--results", type=Path, help="file for the raw results (default: in benchmarks/)")
+    add("--render", action="store_true", help="run nothing, write page and picture from the results")
     args = parser.parse_args(argv)
-    if args.gpu and (lost := [c.key for c in CONTENDERS if c.key in (args.only or ()) and not c.on_gpu]):
-        parser.error(f"JAX's build for CPUs is installed: {', '.join(lost)} cannot run with --gpu")
+    args.contenders = [contender for contender in CONTENDERS if contender.key in (args.only or KEYS)]
+    if args.gpu:
+        able = [contender for contender in args.contenders if contender.on_gpu]
+        if args.only and able != args.contenders:
+            parser.error("JAX is installed without support for GPUs: leave out Keras and Flax with --gpu")
+        args.contenders = able
     args.trial = bool(args.images or args.only)
     args.results = args.results or (
         ROOT / "output" / "bench-trial.json" if args.trial else GPU_RESULTS if args.gpu else RESULTS
     )
-    if hasattr(os, "sched_setaffinity"):  # JAX has no other way to limit its threads; children inherit this
+    if hasattr(os, "sched_setaffinity"):  # children inherit it; JAX's threads cannot be limited otherwise
         os.sched_setaffinity(0, cores[: args.threads])
     return args
 
@@ -424,22 +350,36 @@ def main(argv=None):
     args = parse_arguments(argv)
     if args.render:
         return render(json.loads(args.results.read_text()))
-    # In a process of its own, for torch is large.
-    unpack = "from torchvision.datasets import MNIST; MNIST('datasets', download=True)"
-    subprocess.run([sys.executable, "-c", unpack], cwd=ROOT, check=True)
-    results = {**machine(args), "runs": []}
+    gpu = prepare()
+    if args.gpu and not gpu:
+        sys.exit("bench.py: PyTorch finds no NVIDIA GPU here: leave out --gpu")
+    installed = {found.name: found.version for found in metadata.distributions()}
+    results = {
+        "date": date.today().isoformat(),
+        "cpu": processor(),
+        "python": platform.python_version(),
+        "packages": {package: installed.get(package) for package in PACKAGES},
+        "contenders": [contender.key for contender in args.contenders],
+        "gpu": gpu if args.gpu else None,
+        "threads": args.threads,
+        "images": args.images or IMAGES,
+        "rounds": args.rounds,
+        "cap": args.cap,
+        "runs": [],
+    }
     args.results.parent.mkdir(parents=True, exist_ok=True)
-
-    def keep(seen):
-        results["runs"].append(seen)
+    broken = set()
+    for number, contender, options in schedule(args.contenders, args.rounds, args.epochs, args.cap):
+        if contender in broken:
+            continue
+        seen = run(contender, threads=args.threads, images=args.images, gpu=args.gpu, **options)
+        results["runs"].append({"round": number, **seen})
         args.results.write_text(json.dumps(results, indent=1) + "\n")  # at once: the next may take long
-        what = seen["error"] or ", ".join(
-            f"{epoch['seconds']:.1f} s {percent(epoch['accuracy'])}" for epoch in seen["epochs"]
-        )
-        name = f"round {seen['round']}" if seen["round"] else "long run"
-        print(f"{name}, {seen['contender']}: {what}", flush=True)
-
-    compare([contender for contender in CONTENDERS if contender.key in results["contenders"]], args, keep)
+        if seen["error"]:
+            broken.add(contender)
+        epochs = (f"{epoch['seconds']:.1f} s {epoch['accuracy']:.2%}" for epoch in seen["epochs"])
+        name = f"round {number}" if number else "long run"
+        print(f"{name}, {contender.key}: {seen['error'] or ', '.join(epochs)}", flush=True)
     print(f"\n{table(results)}")
     if not args.trial:
         render(results)

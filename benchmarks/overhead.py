@@ -1,10 +1,9 @@
-"""What it costs to agree on stopping at every step, and to save a checkpoint.
+"""Measure what two safeguards cost: agreeing at every step on whether to stop, and saving a checkpoint.
 
-python benchmarks/overhead.py                                          one process
-torchrun --standalone --nproc-per-node 2 benchmarks/overhead.py        two
+python benchmarks/overhead.py                                       one process
+torchrun --standalone --nproc-per-node 2 benchmarks/overhead.py     two
 
-Blocks of steps with and without the agreement take turns, on the real digits, so that whatever else the
-machine does falls on both alike. Rank 0 prints the ratio of each pair's times and what they have in common.
+Blocks of steps with and without the agreement take turns, so other work on the machine slows both alike.
 """
 
 import statistics
@@ -32,9 +31,9 @@ def main():
         agree, samples = job.stop_if_asked, STEPS * BATCH * job.world_size
 
         def block(stop_if_asked):
-            """Return the seconds that so many steps take."""
+            """Return the seconds that a block of steps takes."""
             job.stop_if_asked = stop_if_asked
-            job.sum(0)  # a barrier
+            job.sum(0)  # all processes begin together
             return time_epoch(trainer, images[:samples], labels[:samples])
 
         block(agree)  # to warm up
@@ -44,8 +43,7 @@ def main():
         saving = time.perf_counter() - begin
 
     if job.rank == 0:
-        ratios = [careful / careless for careful, careless in pairs]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = statistics.quantiles([careful / careless for careful, careless in pairs], n=4)
         step = statistics.median(careless for _, careless in pairs) / STEPS
         epoch = step * len(images) / BATCH / job.world_size
         print(f"{job.world_size} process(es), {PAIRS} pairs of {STEPS} steps of {BATCH} images")

@@ -1,15 +1,14 @@
-"""How well the trainer's recipe reads: mean and spread over several seeds, after every epoch.
+"""Measure how accurate the trainer is after each epoch: mean and spread over several seeds.
 
 python benchmarks/recipe.py                        on the test images
 python benchmarks/recipe.py --validate --lr 0.1    to tune: on the last 10,000 training images
 
-All other flags are mnist.py's own. One process for each processor, with one thread, trains one seed after
-the other. Whoever chooses a recipe by the test images has learned from them, hence --validate: then they
-are not looked at, and the training has the first 50,000 images only.
+All other flags are mnist.py's own. Each processor trains one seed at a time, with one thread. A choice made
+by the test images would make the result on them too good. So with --validate they are not used at all, and
+training uses only the first 50,000 images.
 """
 
 import argparse
-import functools
 import multiprocessing
 import os
 import statistics
@@ -26,17 +25,16 @@ import mnist
 HELD_OUT = 10_000
 
 
-def learn(seed, flags, validate):
-    """Return the accuracies after each epoch, in per cent."""
+def learn(seed, args, validate):
+    """Return the accuracy after each epoch, in per cent."""
     mnist.settle_in()
     torch.set_num_threads(1)
-    args = mnist.parse_arguments([*flags, "--seed", str(seed)])
     training_set, test_set = mnist.load_mnist(args.data_dir)
     if validate:
         test_set = [tensor[-HELD_OUT:] for tensor in training_set]
         training_set = [tensor[:-HELD_OUT] for tensor in training_set]
     chosen = {field.name: getattr(args, field.name) for field in fields(mnist.Hyperparameters)}
-    trainer = mnist.Trainer(mnist.Hyperparameters(**chosen))
+    trainer = mnist.Trainer(mnist.Hyperparameters(**chosen | {"seed": seed}))
     accuracies = []
     for epoch in range(1, args.epochs + 1):
         trainer.begin(epoch)
@@ -54,9 +52,9 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--validate", action="store_true", help="on the last 10,000 training images")
     ours, flags = parser.parse_known_args()
+    args = mnist.parse_arguments(flags)
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        task = functools.partial(learn, flags=flags, validate=ours.validate)
-        runs = pool.map(task, ours.seeds, chunksize=1)
+        runs = pool.starmap(learn, [(seed, args, ours.validate) for seed in ours.seeds], chunksize=1)
     print(f"torch {torch.__version__}, {len(runs)} seed(s), mean ± standard deviation, in per cent:")
     for epoch, accuracies in enumerate(zip(*runs, strict=True), start=1):
         spread = f" ± {statistics.stdev(accuracies):.3f}" if len(runs) > 1 else ""

@@ -1,4 +1,4 @@
-"""What the benchmarks share: how steps are timed, where figures go, on what machine they were found."""
+"""What the benchmarks share: timing steps, naming the processor, and writing results into a page."""
 
 import platform
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def time_epoch(trainer, images, labels):
-    """Return the seconds that the trainer takes for its next epoch, in another order than the last."""
+    """Return the seconds that the trainer takes for its next epoch on these images."""
     trainer.begin(trainer.epoch + 1)
     begin = time.perf_counter()
     for _ in trainer.train(images, labels):
@@ -15,9 +15,9 @@ def time_epoch(trainer, images, labels):
 
 
 def replace_between(text, mark, new):
-    """Return `text` with `new` between <!-- mark --> and <!-- /mark -->; the rest stays as it is.
+    """Return `text` with `new` between <!-- mark --> and <!-- /mark -->, and the rest unchanged.
 
-    Raises ValueError where these two are not there once each, in this order.
+    Raises ValueError unless each of the two is there exactly once, in this order.
     """
     begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):

@@ -1,10 +1,10 @@
-"""What a step of training costs, line by line, against what the processor could do at best.
+"""Show what each line of a training step costs, compared with the most that the processor can do.
 
 python benchmarks/step.py                one thread; writes the table in benchmarks/README.md
-python benchmarks/step.py --threads 2    prints it only
+python benchmarks/step.py --threads 2    only prints it
 
-The limit is the speed at which this machine multiplies large matrices, measured between blocks of steps, so
-that both have the same neighbours.
+The limit is the speed at which this machine multiplies large matrices. It is measured between blocks of
+steps, so other work on the machine slows both alike.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from benchmarks.reporting import processor, replace_between, time_epoch
 
 PAGE = Path(__file__).parent / "README.md"
 BLOCKS, STEPS, BATCH = 20, 20, mnist.Hyperparameters.batch_size
-SIZE = 1024  # rows and columns of the matrices that are multiplied
+SIZE = 1024  # rows and columns of the matrices
 
-# The lines of a step: the name that PyTorch's profiler has for each, and what tells it from its namesakes.
+# The lines of a step: a title, the name in PyTorch's profiler, and a shape where several share that name.
 LINES = (
     ("convolution 1", "aten::conv2d", [32, 1, 3, 3]),
     ("convolution 2", "aten::conv2d", [64, 32, 3, 3]),
@@ -37,8 +37,8 @@ LINES = (
     ("gradient of max-pooling", "aten::max_pool2d_with_indices_backward", None),
     ("gradients of convolution 2", "aten::convolution_backward", [64, 32, 3, 3]),
     ("gradients of convolution 1", "aten::convolution_backward", [32, 1, 3, 3]),
-    ("ReLU, and its gradients", "aten::relu", None),
-    ("ReLU, and its gradients", "aten::threshold_backward", None),
+    ("ReLU and its gradients", "aten::relu", None),
+    ("ReLU and its gradients", "aten::threshold_backward", None),
     ("the optimiser", "Optimizer.step#SGD.step", None),
     ("distorting the digits", "aten::affine_grid_generator", None),
     ("distorting the digits", "aten::grid_sampler", None),
@@ -46,8 +46,8 @@ LINES = (
 )
 
 
-def blocks_of_steps(trainer, images, labels):
-    """Return the seconds of a step, and multiplications and additions per second, of each block."""
+def measure_blocks(trainer, images, labels):
+    """Return, for each block, the seconds per step and the matrix operations per second."""
     matrix = torch.rand(SIZE, SIZE)
     steps, peaks = [], []
     for _ in range(BLOCKS):
@@ -59,62 +59,52 @@ def blocks_of_steps(trainer, images, labels):
     return steps, peaks
 
 
-def cost_of_lines(trainer, images, labels):
-    """Return the share of each line in a step's time, as a dict."""
+def shares_of_lines(trainer, images, labels):
+    """Return each line's share of the time of a step, by title."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         seconds = time_epoch(trainer, images, labels)
     events, shares = seen.key_averages(group_by_input_shape=True), {}
     for title, name, shape in LINES:
-        found = [
-            event.cpu_time_total
-            for event in events
-            if event.key == name and (shape is None or shape in event.input_shapes)
-        ]
+        found = [event for event in events if event.key == name and shape in (None, *event.input_shapes)]
         if not found:
             raise ValueError(f"this PyTorch knows no {name} with {shape}")
-        shares[title] = shares.get(title, 0) + sum(found) / 1e6 / seconds
-    shares["the rest: the batch, normalisation, dropout, the loss"] = 1 - sum(shares.values())
-    return shares
+        spent = sum(event.cpu_time_total for event in found) / 1e6
+        shares[title] = shares.get(title, 0) + spent / seconds
+    return shares | {"the rest: the batch, normalisation, dropout, the loss": 1 - sum(shares.values())}
+
+
+def count_operations():
+    """Return the multiplications and additions in the convolutions and matrix products of a step, by title.
+
+    A forward pass takes two for each weight and each place where it is used. The gradients of the weights
+    take as many again, and so do those of a layer's inputs. The images need no gradients.
+    """
+    weights = {"convolution 1": 9 * 32 * 26**2, "convolution 2": 9 * 32 * 64 * 24**2}
+    weights |= {"linear layer 1": 9216 * 128, "linear layer 2": 128 * 10}
+    operations = {title: 2 * BATCH * count for title, count in weights.items()}
+    gradients = {f"gradients of {title}": 2 * count for title, count in operations.items()}
+    return operations | gradients | {"gradients of convolution 1": operations["convolution 1"]}
 
 
 def table(steps, peaks, shares, operations):
-    """Return what was found as Markdown."""
-    step, peak = statistics.median(steps), statistics.median(peaks)
+    """Return the results as Markdown."""
+    step, peak, total = statistics.median(steps), statistics.median(peaks), sum(operations.values())
     low, _, high = statistics.quantiles(peaks, n=4)
     threads = "one thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
     lines = [
-        f"{processor()}, {threads}, batches of {BATCH}, torch {torch.__version__}; medians "
-        f"of {BLOCKS} blocks of {STEPS} steps. Multiplying matrices: {peak / 1e9:.0f} GFLOP/s (quartiles "
+        f"{processor()}, {threads}, batches of {BATCH}, torch {torch.__version__}; medians of {BLOCKS} "
+        f"blocks of {STEPS} steps. Matrices are multiplied at {peak / 1e9:.0f} GFLOP/s (quartiles "
         f"{low / 1e9:.0f} to {high / 1e9:.0f}).",
         "",
-        "| what a step does | ms | share | operations, GFLOP | of the limit |",
+        "| part of a step | ms | share | operations, GFLOP | of the limit |",
         "|---|--:|--:|--:|--:|",
     ]
     for title, share in shares.items():
         count = operations.get(title)
-        cells = (f"{count / 1e9:.2f}", f"{count / (share * step) / peak:.0%}") if count else ("", "")
-        lines.append(f"| {title} | {1000 * share * step:.2f} | {share:.1%} | {cells[0]} | {cells[1]} |")
-    total = sum(operations.values())
-    lines.append(
-        f"| **a step** | **{1000 * step:.2f}** | | **{total / 1e9:.2f}** | **{total / step / peak:.0%}** |"
-    )
-    return "\n".join(lines)
-
-
-def count_operations():
-    """Return the multiplications and additions of a step's matrix products and convolutions, by line.
-
-    Each forward pass costs 2 for each weight and place; backward, as much for the weights' gradients and
-    as much for the inputs'. The images need none.
-    """
-    pixels = {"convolution 1": (9 * 32) * 26**2, "convolution 2": (9 * 32 * 64) * 24**2}
-    weights = {"linear layer 1": 9216 * 128, "linear layer 2": 128 * 10}
-    operations = {}
-    for title, products in (pixels | weights).items():
-        operations[title] = 2 * products * BATCH
-        passes = 1 if title == "convolution 1" else 2
-        operations[f"gradients of {title}"] = passes * operations[title]
-    return operations
+        cells = f"{count / 1e9:.2f} | {count / (share * step) / peak:.0%}" if count else " | "
+        lines.append(f"| {title} | {1000 * share * step:.2f} | {share:.1%} | {cells} |")
+    whole = f"**{total / 1e9:.2f}** | **{total / step / peak:.0%}**"
+    return "\n".join([*lines, f"| **a step** | **{1000 * step:.2f}** | | {whole} |"])
 
 
 def main():
@@ -123,13 +113,12 @@ def main():
     threads = parser.parse_args().threads
     mnist.settle_in()
     torch.set_num_threads(threads)
-    (images, labels), _ = mnist.load_mnist("datasets")
-    images, labels = (tensor[: STEPS * BATCH] for tensor in (images, labels))
+    training_set, _ = mnist.load_mnist("datasets")
+    images, labels = (tensor[: STEPS * BATCH] for tensor in training_set)
     trainer = mnist.Trainer(mnist.Hyperparameters())
     time_epoch(trainer, images, labels)  # to warm up
-    steps, peaks = blocks_of_steps(trainer, images, labels)
-    shares = cost_of_lines(trainer, images, labels)
-    found = table(steps, peaks, shares, count_operations())
+    steps, peaks = measure_blocks(trainer, images, labels)
+    found = table(steps, peaks, shares_of_lines(trainer, images, labels), count_operations())
     print(found)
     if threads == 1:
         PAGE.write_text(replace_between(PAGE.read_text(), "step", found))

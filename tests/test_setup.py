@@ -65,7 +65,8 @@ def test_no_file_is_bound_to_one_registry():
 def test_every_link_to_a_file_leads_somewhere():
     pages = [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/**/*.md"), ROOT / "notebooks" / "mnist.ipynb"]
     for page in pages:
-        for link, title in re.findall(r"\]\((?!https?:|#)([^)#\\]+)#?([^)]*)\)", page.read_text()):
+        text = re.sub(r'<img src="([^"]+)"', r"](\1)", page.read_text())
+        for link, title in re.findall(r"\]\((?!https?:|#)([^)#\\]+)#?([^)]*)\)", text):
             target = page.parent / link
             assert target.exists(), f"{page.relative_to(ROOT)} links to {link}"
             if title and target.suffix == ".md":

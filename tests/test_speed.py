@@ -1,4 +1,7 @@
-"""The trainer stays fast: its steps beside those of the tutorial that it descends from, in the same run."""
+"""The trainer stays fast, compared with the older tutorial in the same run.
+
+The two take turns on one thread, and the processor's time counts, so other work hardly matters.
+"""
 
 import statistics
 import sys
@@ -27,7 +30,7 @@ def digits():
 @pytest.fixture
 def one_thread():
     threads = torch.get_num_threads()
-    mnist.settle_in()  # as the program does; the others keep freed memory then, too
+    mnist.settle_in()  # as the program does; now the other keeps freed memory, too
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
@@ -35,12 +38,12 @@ def one_thread():
 
 @pytest.fixture
 def trainer():
-    """The trainer with the seed's method, so that what is compared is how it is done."""
+    """The trainer with the older tutorial's optimiser, so only the implementations differ."""
     return mnist.Trainer(mnist.Hyperparameters(optimizer="adadelta", lr=1.0))
 
 
 def median_ratio(one, other, pairs):
-    """Return how much more of the processor's time `one` takes than `other`; they take turns."""
+    """Return the processor's time for `one` divided by that for `other`. They take turns."""
 
     def spent(work):
         begin = time.process_time()
@@ -52,25 +55,25 @@ def median_ratio(one, other, pairs):
 
 
 @pytest.mark.filterwarnings("ignore:dropout2d")
-def test_a_step_of_training_is_no_slower_than_the_seeds(digits, one_thread, trainer):
+def test_a_step_of_training_is_no_slower_than_in_the_older_tutorial(digits, one_thread, trainer):
     images, labels = (tensor[: 4 * 64] for tensor in digits)
 
     model = shared_torch.Net(nn.Dropout2d)
     optimizer, _ = shared_torch.adadelta(model)
-    batches = ((images[:, None] / 255 - mnist.MEAN) / mnist.STD).split(64)  # decoding is not what is compared
+    batches = ((images[:, None] / 255 - mnist.MEAN) / mnist.STD).split(64)  # decoding is not compared here
 
-    def seeds():
+    def older():
         for batch, its_labels in zip(batches, labels.split(64), strict=True):
             optimizer.zero_grad()
             F.nll_loss(model(batch), its_labels).backward()
             optimizer.step()
 
-    # Seen on a busy machine: 0.98 to 1.02, with a normalisation that the other has not got.
-    assert median_ratio(lambda: time_epoch(trainer, images, labels), seeds, pairs=12) < 1.25
+    # On a busy machine it was 0.98 to 1.02, although only the trainer also normalises.
+    assert median_ratio(lambda: time_epoch(trainer, images, labels), older, pairs=12) < 1.25
 
 
 def test_convolutions_get_channels_last(digits, trainer):
-    """A tenth of a step's time hangs on this layout: too little to be seen for certain in a ratio."""
+    """The layout saves a tenth of a step, too little for a ratio to show reliably."""
     layouts = []
     trainer.learner.conv2.register_forward_hook(
         lambda layer, inputs, output: layouts.extend(
@@ -82,7 +85,7 @@ def test_convolutions_get_channels_last(digits, trainer):
 
 
 class NoNetwork(nn.Module):
-    """Returns something to compute a loss of, whatever the images are."""
+    """Gives the same output for every image, and costs next to nothing."""
 
     def __init__(self):
         super().__init__()
@@ -92,13 +95,13 @@ class NoNetwork(nn.Module):
         return self.output.expand(len(images), 10)
 
 
-# Seen on busy machines: 0.39 to 0.48, about half of it to distort the digits; 0.15 to 0.25 without.
+# On busy machines it was 0.39 to 0.48, and 0.15 to 0.25 without distortions.
 @pytest.mark.parametrize("augment, bound", [(True, 0.65), (False, 0.4)])
 def test_images_come_from_memory(digits, one_thread, trainer, augment, bound):
-    """All of a step but the network and the average, and the seed's decoding of image after image."""
+    """A step without its network takes less time than decoding as many images one by one."""
     images, labels = (tensor[: 20 * 64] for tensor in digits)
     loader, _ = shared_torch.loaders(20 * 64)
     trainer.hyperparameters.augment = augment
-    # The average reads all weights, and how long that takes is the memory's: hence one of next to nothing.
+    # The average takes time to read all weights, so this network has hardly any.
     trainer.network = trainer.learner = trainer.model = NoNetwork()
     assert median_ratio(lambda: time_epoch(trainer, images, labels), lambda: list(loader), pairs=12) < bound

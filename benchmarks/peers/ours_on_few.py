@@ -1,8 +1,6 @@
-"""The trainer of this repository on the first few images, for trials.
+"""Run mnist.py on the first few images, for trials.
 
-    python benchmarks/peers/ours_on_few.py IMAGES FLAGS…      the flags are those of mnist.py
-
-The benchmark itself starts mnist.py as everybody does.
+python benchmarks/peers/ours_on_few.py IMAGES FLAGS…     with the flags of mnist.py
 """
 
 import sys
@@ -12,14 +10,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import mnist
 
-load_mnist = mnist.load_mnist
-
-
-def load_few(*args, **kwargs):
-    return tuple((images[:few], labels[:few]) for images, labels in load_mnist(*args, **kwargs))
-
-
-if __name__ == "__main__":
-    few = int(sys.argv[1])
-    mnist.load_mnist = load_few
-    mnist.main(sys.argv[2:])
+few, load_all = int(sys.argv[1]), mnist.load_mnist
+mnist.load_mnist = lambda *args: [(images[:few], labels[:few]) for images, labels in load_all(*args)]
+mnist.main(sys.argv[2:])

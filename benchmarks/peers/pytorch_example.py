@@ -1,26 +1,54 @@
 """The method of PyTorch's own example (pytorch/examples, mnist): a plain loop over a DataLoader.
 
-Like there, the images are shuffled on a GPU only.
+As in that example, the training images are shuffled only on a GPU.
 """
+
+import sys
 
 import torch
 import torch.nn as nn
-from shared import Reports, parse_arguments
-from shared_torch import Net, adadelta, device, evaluate, loaders, train
+import torch.nn.functional as F
+from shared import begin, parse_arguments, report
+from shared_torch import Net, adadelta, loaders
+
+
+def train(model, loader, optimizer, device):
+    """Train for an epoch, and show the loss at every tenth step."""
+    model.train()
+    for step, (images, labels) in enumerate(loader):
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        loss = F.nll_loss(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 0:
+            print(f"{step / len(loader):6.1%} - Loss: {loss.item()}", file=sys.stderr)
+
+
+@torch.no_grad()
+def evaluate(model, loader, device):
+    """Return the share of right answers. Like the example, it also computes the mean loss."""
+    model.eval()
+    loss, correct = 0.0, 0
+    for images, labels in loader:
+        images, labels = images.to(device), labels.to(device)
+        output = model(images)
+        loss += F.nll_loss(output, labels, reduction="sum").item()
+        correct += (output.argmax(dim=1) == labels).sum().item()
+    return correct / len(loader.dataset)
 
 
 def main(description=__doc__, dropout=nn.Dropout, shuffle_on_gpu=True, shuffle_test=False):
-    args = parse_arguments(description, gpu=True)
-    torch.set_num_threads(args.threads)
+    args = parse_arguments(description, "--gpu")
     torch.manual_seed(1)
     training_set, test_set = loaders(args.images, args.gpu and shuffle_on_gpu, shuffle_test, args.gpu)
-    model = Net(dropout).to(device(args))
+    device = torch.device("cuda" if args.gpu else "cpu")
+    model = Net(dropout).to(device)
     optimizer, scheduler = adadelta(model)
-    reports = Reports()
-    reports.ready()
+    begin()
     for _ in range(args.epochs):
-        train(model, training_set, optimizer)
-        reports.finished_epoch(evaluate(model, test_set))
+        train(model, training_set, optimizer, device)
+        report(evaluate(model, test_set, device))
         scheduler.step()
 
 

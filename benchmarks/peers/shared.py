@@ -1,71 +1,52 @@
-"""What all peers share: their flags, their reports, and the digits. Imports no library of any of them.
+"""What all peers share: their flags, what they print, and the digits. It imports none of their libraries.
 
-A peer is started as `python benchmarks/peers/NAME.py --epochs N --threads N [--images N] [--own] [--gpu]`.
-It prints JSON lines to standard output: {"ready": true} when all is set up and training begins, and after
-each epoch {"epoch": 1, "seconds": 30.1, "accuracy": 0.9834}, where the seconds are those of training and
-evaluation.
+python benchmarks/peers/NAME.py --epochs N [--images N] [--own] [--gpu]
+
+A peer prints what the runner also looks for in the log of mnist.py: a line with "Epoch:" when training
+begins, and accuracy=0.9834 after each epoch. The runner sets the number of threads in the environment.
 """
 
 import argparse
-import json
-import time
 from pathlib import Path
 
 DATA = Path(__file__).parents[2] / "datasets"
 PARAMETERS = 1_199_882
-# The same work for all: the method of PyTorch's own example.
+# All peers train as PyTorch's own example does.
 BATCH, TEST_BATCH = 64, 1000
 RATE, GAMMA, RHO, EPSILON = 1.0, 0.7, 0.9, 1e-6  # of Adadelta; the last two are PyTorch's defaults
 MEAN, STD = 0.1307, 0.3081
 
 
-def parse_arguments(description, own=False, gpu=False):
-    """Return the flags' values.
-
-    `own` says that the library's own example has a network of its own, `gpu` that it can use a GPU here.
-    """
+def parse_arguments(description, *switches):
+    """Return the values of the flags. `switches` are those that not all peers have."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--images", type=int, help="only so many for training, and for evaluation")
-    if own:
-        parser.add_argument("--own", action="store_true", help="the example's own network and recipe")
-    if gpu:
-        parser.add_argument("--gpu", action="store_true", help="train on the GPU")
+    parser.add_argument("--images", type=int, help="train on this many images, and test on as many")
+    for switch in switches:
+        parser.add_argument(switch, action="store_true")
     return parser.parse_args()
 
 
-class Reports:
-    """Prints the lines that the runner reads."""
-
-    def __init__(self):
-        self.epoch = 0
-
-    def ready(self):
-        print(json.dumps({"ready": True}), flush=True)
-        self.begin = time.perf_counter()
-
-    def finished_epoch(self, accuracy):
-        """Report an epoch: it began when the one before was reported."""
-        now = time.perf_counter()
-        self.epoch += 1
-        line = {"epoch": self.epoch, "seconds": now - self.begin, "accuracy": float(accuracy)}
-        print(json.dumps(line), flush=True)
-        self.begin = now
+def begin():
+    print("Epoch: 1", flush=True)
 
 
-def arrays(images=None):
-    """Return the training set and the test set, each as (uint8 [N, 28, 28], int64 [N]), for numpy users."""
+def report(accuracy):
+    print(f"accuracy={float(accuracy)}", flush=True)
+
+
+def arrays(images=None, normalise=True):
+    """Return the training set and the test set, each as (float32 [N, 28, 28, 1], int32 [N])."""
     import numpy as np
 
     def read(name, header, *shape):
         contents = np.frombuffer((DATA / "MNIST" / "raw" / name).read_bytes(), np.uint8, offset=header)
         return contents.reshape(-1, *shape)[:images]
 
+    def digits(part):
+        pixels = read(f"{part}-images-idx3-ubyte", 16, 28, 28, 1).astype("float32") / 255
+        return (pixels - MEAN) / STD if normalise else pixels
+
     return [
-        (
-            read(f"{part}-images-idx3-ubyte", 16, 28, 28),
-            read(f"{part}-labels-idx1-ubyte", 8).astype("int64"),
-        )
-        for part in ("train", "t10k")
+        (digits(part), read(f"{part}-labels-idx1-ubyte", 8).astype("int32")) for part in ("train", "t10k")
     ]

@@ -1,6 +1,4 @@
-"""What the peers that use PyTorch share: the network, and the digits decoded one by one by torchvision."""
-
-import sys
+"""What the peers that use PyTorch share: the network, its optimiser, and torchvision's digits."""
 
 import torch
 import torch.nn as nn
@@ -11,7 +9,7 @@ from torchvision import datasets, transforms
 
 
 class Net(nn.Module):
-    """The network of PyTorch's own example, on normalised images [N, 1, 28, 28]."""
+    """The network of PyTorch's own example, for normalised images [N, 1, 28, 28]."""
 
     def __init__(self, dropout=nn.Dropout):
         super().__init__()
@@ -31,55 +29,21 @@ class Net(nn.Module):
 
 
 def adadelta(model):
-    """Return the optimizer that all use, and what lowers its rate after each epoch."""
+    """Return the optimiser, and the schedule that lowers its rate after each epoch."""
     optimizer = torch.optim.Adadelta(model.parameters(), lr=RATE)
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=GAMMA)
 
 
 def loaders(images=None, shuffle=False, shuffle_test=False, gpu=False):
-    """Return the loaders of the training set and of the test set.
+    """Return loaders of the training set and the test set. They decode the images one by one.
 
-    For a GPU, a process beside this one decodes the images, as in PyTorch's own example.
+    For a GPU, a second process decodes them, as in PyTorch's own example.
     """
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
     sets = [datasets.MNIST(DATA, train=train, transform=transform) for train in (True, False)]
-    if images:
-        sets = [Subset(digits, range(images)) for digits in sets]
-    training_set, test_set = sets
+    training_set, test_set = [Subset(digits, range(images)) for digits in sets] if images else sets
     workers = {"num_workers": 1, "persistent_workers": True, "pin_memory": True} if gpu else {}
     return (
         DataLoader(training_set, batch_size=BATCH, shuffle=shuffle, **workers),
         DataLoader(test_set, batch_size=TEST_BATCH, shuffle=shuffle_test, **workers),
     )
-
-
-def device(args):
-    return torch.device("cuda" if args.gpu else "cpu")
-
-
-def train(model, loader, optimizer):
-    """Train for an epoch, and show the loss at every tenth step."""
-    model.train()
-    where = next(model.parameters()).device
-    for step, (images, labels) in enumerate(loader):
-        images, labels = images.to(where), labels.to(where)
-        optimizer.zero_grad()
-        loss = F.nll_loss(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        if step % 10 == 0:
-            print(f"{step / len(loader):6.1%} - Loss: {loss.item()}", file=sys.stderr)
-
-
-@torch.no_grad()
-def evaluate(model, loader):
-    """Return the share of right answers; the mean loss is computed too, as the examples do."""
-    model.eval()
-    loss, correct = 0.0, 0
-    where = next(model.parameters()).device
-    for images, labels in loader:
-        images, labels = images.to(where), labels.to(where)
-        output = model(images)
-        loss += F.nll_loss(output, labels, reduction="sum").item()
-        correct += (output.argmax(dim=1) == labels).sum().item()
-    return correct / len(loader.dataset)

@@ -1,7 +1,7 @@
-"""The method of Flax's MNIST example: arrays in memory, an order drawn for each epoch, a compiled step.
+"""The method of Flax's MNIST example: arrays in memory, a new order for each epoch, a compiled step.
 
-Like there, images that do not fill a batch are left out of an epoch (32 of 60,000). With --own it has the
-example's smaller network, and SGD.
+As in that example, an epoch leaves out the images that do not fill a batch (32 of 60,000). With --own it
+trains the example's smaller network, with SGD.
 """
 
 import jax
@@ -13,7 +13,7 @@ from flax import nnx
 
 
 class SameNet(nnx.Module):
-    """The network that all have."""
+    """The network that all peers train."""
 
     def __init__(self, rngs):
         self.conv1 = nnx.Conv(1, 32, (3, 3), padding="VALID", rngs=rngs)
@@ -73,33 +73,27 @@ def train(model, optimizer, images, labels, batch, generator):
 
 def evaluate(model, images, labels):
     model.eval()
-    results = [
-        eval_step(model, images[start : start + shared.TEST_BATCH], labels[start : start + shared.TEST_BATCH])
-        for start in range(0, len(images), shared.TEST_BATCH)
-    ]
+    batches = [slice(start, start + shared.TEST_BATCH) for start in range(0, len(images), shared.TEST_BATCH)]
+    results = [eval_step(model, images[batch], labels[batch]) for batch in batches]
     return sum(int(correct) for _, correct in jax.device_get(results)) / len(images)
 
 
 def main():
-    args = shared.parse_arguments(__doc__, own=True)
-    (images, labels), (test_images, test_labels) = (
-        ((images[..., None] / 255).astype("float32"), labels.astype("int32"))
-        for images, labels in shared.arrays(args.images)
-    )
+    args = shared.parse_arguments(__doc__, "--own")
+    training_set, test_set = shared.arrays(args.images, normalise=not args.own)
     if args.own:
         model, batch, method = OwnNet(nnx.Rngs(1)), 128, optax.sgd(0.1, momentum=0.9)
     else:
-        images, test_images = (images - shared.MEAN) / shared.STD, (test_images - shared.MEAN) / shared.STD
         model, batch = SameNet(nnx.Rngs(1)), shared.BATCH
-        rate = optax.exponential_decay(shared.RATE, len(images) // batch, shared.GAMMA, staircase=True)
+        steps = len(training_set[0]) // batch
+        rate = optax.exponential_decay(shared.RATE, steps, shared.GAMMA, staircase=True)
         method = optax.adadelta(rate, rho=shared.RHO, eps=shared.EPSILON)
     optimizer = nnx.Optimizer(model, method, wrt=nnx.Param)
     generator = np.random.default_rng(1)
-    reports = shared.Reports()
-    reports.ready()
+    shared.begin()
     for _ in range(args.epochs):
-        train(model, optimizer, images, labels, batch, generator)
-        reports.finished_epoch(evaluate(model, test_images, test_labels))
+        train(model, optimizer, *training_set, batch, generator)
+        shared.report(evaluate(model, *test_set))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The method of PyTorch Ignite's MNIST example: a trainer engine, an evaluator engine, and handlers.
 
-The example also evaluates the training set after each epoch; here that is left out. With --own it has the
-example's smaller network, and SGD.
+The example also evaluates the training set after each epoch, which is left out here. With --own it trains
+the example's smaller network, with SGD.
 """
 
 import torch
@@ -9,52 +9,39 @@ import torch.nn as nn
 import torch.nn.functional as F
 from ignite.engine import Events, create_supervised_evaluator, create_supervised_trainer
 from ignite.metrics import Accuracy, Loss
-from shared import Reports, parse_arguments
-from shared_torch import Net, adadelta, device, loaders
+from shared import begin, parse_arguments, report
+from shared_torch import Net, adadelta, loaders
 
 
 def own_net():
     return nn.Sequential(
-        nn.Conv2d(1, 10, 5),
-        nn.MaxPool2d(2),
-        nn.ReLU(),
-        nn.Conv2d(10, 20, 5),
-        nn.Dropout2d(),
-        nn.MaxPool2d(2),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(320, 50),
-        nn.ReLU(),
-        nn.Dropout(),
-        nn.Linear(50, 10),
-        nn.LogSoftmax(dim=1),
+        *(nn.Conv2d(1, 10, 5), nn.MaxPool2d(2), nn.ReLU()),
+        *(nn.Conv2d(10, 20, 5), nn.Dropout2d(), nn.MaxPool2d(2), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(320, 50), nn.ReLU(), nn.Dropout()),
+        *(nn.Linear(50, 10), nn.LogSoftmax(dim=1)),
     )
 
 
 def main():
-    args = parse_arguments(__doc__, own=True, gpu=True)
-    torch.set_num_threads(args.threads)
+    args = parse_arguments(__doc__, "--own", "--gpu")
     torch.manual_seed(1)
     training_set, test_set = loaders(args.images, shuffle=True, gpu=args.gpu)
+    device = torch.device("cuda" if args.gpu else "cpu")
+    model = (own_net() if args.own else Net()).to(device)
     if args.own:
-        model, scheduler = own_net().to(device(args)), None
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
+        optimizer, scheduler = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5), None
     else:
-        model = Net().to(device(args))
         optimizer, scheduler = adadelta(model)
-    trainer = create_supervised_trainer(model, optimizer, F.nll_loss, device(args))
+    trainer = create_supervised_trainer(model, optimizer, F.nll_loss, device)
     metrics = {"accuracy": Accuracy(), "loss": Loss(F.nll_loss)}
-    evaluator = create_supervised_evaluator(model, metrics, device(args))
-    reports = Reports()
+    evaluator = create_supervised_evaluator(model, metrics, device)
 
-    @trainer.on(Events.STARTED)
-    def start():
-        reports.ready()
+    trainer.add_event_handler(Events.STARTED, begin)
 
     @trainer.on(Events.EPOCH_COMPLETED)
     def evaluate():
         evaluator.run(test_set)
-        reports.finished_epoch(evaluator.state.metrics["accuracy"])
+        report(evaluator.state.metrics["accuracy"])
         if scheduler:
             scheduler.step()
 
