@@ -98,7 +98,7 @@ def read_idx(path, sha256):
         data = torch.frombuffer(bytearray(contents), dtype=torch.uint8, offset=4 + 4 * len(shape)).view(shape)
     except Exception as error:  # damage can show in many ways
         raise OSError(f"{found} is missing or damaged, put a good copy there ({error})") from error
-    if hashlib.sha256(contents).hexdigest() != sha256:  # or training would run, and only learn worse
+    if hashlib.sha256(contents).hexdigest() != sha256:  # otherwise it would learn, only less well
         raise ValueError(f"{found} does not match SHA256SUMS: put a good copy there, or correct the sum")
     return data
 
@@ -108,7 +108,7 @@ def find_sums(raw):
     if (raw / "SHA256SUMS").exists():
         words = (raw / "SHA256SUMS").read_text().replace("*", " ").split()
         return dict(zip(words[1::2], words[::2], strict=False))
-    # Without that file, which sha256sum writes, the data must be MNIST itself. If missing, it is downloaded.
+    # Without SHA256SUMS, the data must be MNIST itself. Where there is no data, MNIST is downloaded.
     from torchvision.datasets import MNIST, utils
 
     if not any(raw.glob("*-ubyte*")):
@@ -232,7 +232,7 @@ class Trainer:
             # Dropout's random numbers depend only on seed and position, so a resumed run repeats them.
             torch.manual_seed(random_seed("dropout", h.seed, self.epoch, start, rank))
             digits = images[share]
-            if h.augment and len(share):  # the last batch may leave this process none
+            if h.augment and len(share):  # the last batch may have no image for this process
                 digits = distort(digits, distortions[share])
             # Gradients are averaged over the processes. Scaled like this, the average is the gradient
             # of the mean loss of the whole batch, even if the shares differ in length.
@@ -265,7 +265,7 @@ def test(model, images, labels, batch_size=1000, job=None):
     model.eval()
     for start in range(0, len(images), batch_size * job.world_size):
         job.stop_if_asked()
-        # No sample is repeated to even out the shares, so the result is that of a single process.
+        # Shares may differ by a sample, and none is repeated: the result is that of a single process.
         share = slice(start + job.rank, start + batch_size * job.world_size, job.world_size)
         output = model(images[share])
         loss += F.nll_loss(output, labels[share], reduction="sum").item()
@@ -350,7 +350,7 @@ def load_checkpoint(folder):
                 raise OSError(f"cannot read {path}: {error}") from error
             logging.warning(f"{path} is not a good checkpoint ({repr(error)[:200]}): passed over")
             continue
-        if path != found[0]:  # or the next save would move it over the good one
+        if path != found[0]:  # otherwise the next save would replace the good one by it
             os.replace(found[0], found[0].with_suffix(".damaged"))
         return checkpoint
     if found:
@@ -376,7 +376,7 @@ def resume(trainer, folder):
     vars(trainer).update(checkpoint["progress"])
     trainer.loss_sum *= trainer.job.rank == 0  # rank 0 has the sum of all
     logging.info(f"Resuming in epoch {trainer.epoch} after {trainer.samples_seen} samples")
-    trainer.optimizer._opt_called = True  # or the scheduler warns about a step it has not seen
+    trainer.optimizer._opt_called = True  # otherwise the scheduler warns about a step it has not seen
     if (then := checkpoint["world_size"]) != now:
         logging.info(f"{then} process(es) before, {now} now: batches differ in size, so results will differ")
 
@@ -424,7 +424,7 @@ class Job(Alone):
         """Connect the processes. From then on, SIGTERM and Ctrl-C ask to stop. Raises ConnectionError."""
         try:
             if self.world_size > 1:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would wait for the meeting
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would not act before all have met
                 self.meet(backend, timedelta(seconds=timeout))
             for name in (signal.SIGTERM, signal.SIGINT):  # Kubernetes sends SIGTERM, and SIGKILL 30 s later
                 signal.signal(name, lambda *_: setattr(self, "asked_to_stop", True))
@@ -433,14 +433,14 @@ class Job(Alone):
             if self.world_size == 1 or lacks_memory(error):  # not the others' fault
                 raise
             if dist.is_initialized():
-                dist.group.WORLD.abort()  # or nccl would go on waiting for the lost one
+                dist.group.WORLD.abort()  # otherwise nccl would go on waiting for the lost one
             who = "rank {rank} of {world_size} (meeting at {MASTER_ADDR}:{MASTER_PORT})"
             who = who.format(**os.environ | vars(self))
             raise ConnectionError(f"{who} failed, or lost another: {str(error).splitlines()[0]}") from error
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-                time.sleep(0.1)  # or gloo frees its last tensor after Python has ended, and crashes
+                time.sleep(0.1)  # otherwise gloo may free a tensor after Python has ended, and crash
 
     def meet(self, backend, limit):
         # Pods start minutes apart, and by default only rank 0 waits for all. The others would soon give up.
@@ -468,7 +468,7 @@ class Job(Alone):
         """Raise Stopped in all processes at once if any of them was asked to stop."""
         asked = torch.tensor(float(self.asked_to_stop))
         if self.world_size > 1:
-            # The sum is made during a step and read before the next. (The first call waits for its own.)
+            # The sum is computed during a step and read before the next. (The first call waits for its sum.)
             sent = asked, dist.all_reduce(asked, async_op=True)
             (asked, work), self.pending = self.pending or sent, sent
             work.wait()
@@ -487,7 +487,7 @@ def choose_device(local_rank, accelerate=True):
         raise ValueError(f"no accelerator is left for process {local_rank}: start fewer, or use --no-cuda")
     torch.accelerator.set_device_index(local_rank)
     device = torch.device(torch.accelerator.current_accelerator().type, local_rank)
-    if device.type == "cuda":  # or a resumed run would differ in its last digits
+    if device.type == "cuda":  # otherwise a resumed run would differ in its last digits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads it
@@ -534,8 +534,8 @@ def state_restored():
 
 def launch(processes, argv):
     """Run torchrun if it is needed. Returns its exit code, or else None. Raises ValueError, OSError."""
-    # torchrun starts this file once for each process, on this machine or in a pod. A pod needs it if an
-    # operator asks for several processes in it (PET_NPROC_PER_NODE), or gives it no RANK (but PET_NNODES).
+    # torchrun starts this file once for each process, on this machine or in a pod. A pod needs it if its
+    # operator asks for several processes (PET_NPROC_PER_NODE), or sets PET_NNODES and no RANK.
     env, each = os.environ, os.environ.get("PET_NPROC_PER_NODE", "1")
     in_pods = each not in ("auto", "1") or ("PET_NNODES" in env and "RANK" not in env)
     if "LOCAL_RANK" in env or (processes == 1 and not in_pods):
@@ -543,7 +543,7 @@ def launch(processes, argv):
     if processes > 1 and (in_pods or "RANK" in env):
         raise ValueError("--num-processes is for one machine: here a job says how many processes a pod has")
     for name in {"PET_NODE_RANK", "PET_MASTER_PORT", "PET_MAX_RESTARTS"} & set(env):
-        variable(name, 0, 65535)  # or torchrun would answer a bad value with a page of usage
+        variable(name, 0, 65535)  # otherwise torchrun answers a bad value with a page of usage
     options = ["--standalone", f"--nproc-per-node={processes}"]
     if "PET_NNODES" not in env:  # this machine alone: a container may not know its own name
         env.setdefault("PET_LOCAL_ADDR", "localhost")
@@ -552,7 +552,7 @@ def launch(processes, argv):
     env.setdefault("OMP_NUM_THREADS", str(max(1, count_processors() // max(1, each))))
     # All of torchrun's signals but SIGHUP, which nohup ignores. (PyTorch 2.9 does not read this yet.)
     env.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
-    logging.disable()  # or torchrun would add a page to the one line of a failed process
+    logging.disable()  # otherwise torchrun adds a page to the one line of a failed process
     try:
         dist.run.main([*(options if processes > 1 else []), __file__, *argv])
     except dist.elastic.multiprocessing.SignalException:
@@ -653,7 +653,7 @@ def run_epoch(trainer, training_set, test_set, args, folder):
 
 def give_up(record):
     """End the program if its log cannot be written, for example to a closed pipe or a full disk."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would try again at exit
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python tries again at exit
     raise
 
 
@@ -699,7 +699,7 @@ def main(argv=None):
     args = parse_arguments(argv := sys.argv[1:] if argv is None else argv)
     try:
         with state_restored():
-            # Standard output: notebooks show standard error in pink. And force: they already have a log.
+            # Notebooks show standard error in pink, and already have a log, which `force` replaces.
             logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
             logging.getLogger().handlers[0].handleError = give_up
             if (code := launch(args.num_processes, argv)) is not None:
