@@ -18,7 +18,7 @@ $(error The Python that .venv was made with is gone: remove .venv, and run make 
 endif
 endif
 
-.PHONY: notebook test lab lint notebook-refresh question-answering faults bench scale requirements system-packages
+.PHONY: notebook test lab lint notebook-refresh question-answering faults bench gpu scale requirements system-packages
 
 notebook: .venv/notebook
 	$(RUN) papermill notebooks/mnist.ipynb out.ipynb -p epochs 1 --log-output --no-progress-bar
@@ -70,6 +70,10 @@ bench: .venv/bench
 .venv/bench: .venv/notebook requirements-bench.in requirements-bench.txt
 	$(UV) pip install --compile-bytecode --python $(BIN)/python -r requirements-bench.in -c requirements-bench.txt -c requirements-dev.txt -c requirements.txt
 	touch $@
+
+# All that the trainer promises, tried on an NVIDIA GPU. It takes the PyTorch that PYTHON has already.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 # How training scales over processes and hosts; needs root, and a machine that does nothing else.
 scale: .venv/tests

@@ -1,0 +1,66 @@
+"""`make gpu` says that there is no GPU, tries on a CPU what it can, and names what fails."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tests.rig.processes import run
+from tests.rig.project import ROOT
+
+ON_A_CPU = ("benchmarks/gpu.py", "--device", "cpu", "--images", 1000)
+
+
+def rows(folder, output):
+    """Return the rows in gpu.json by their check, after comparing them with the printed table."""
+    found = json.loads((folder / "gpu.json").read_text())["checks"]
+    for row in found:
+        assert f"| {' | '.join(map(str, row.values()))} |\n" in output
+    return {row["check"]: row for row in found}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said_in_a_sentence():
+    code, output = run(ROOT, "benchmarks/gpu.py")
+    sentence = "PyTorch finds no NVIDIA GPU here: --device cpu tries what can be tried without one"
+    assert (code, output) == (1, f"gpu.py: {sentence}\n")
+
+
+def test_a_cpu_holds_what_it_can_and_leaves_the_rest_to_a_gpu(tmp_path):
+    code, output = run(ROOT, *ON_A_CPU, timeout=600, TMPDIR=tmp_path, OMP_NUM_THREADS=1)
+    assert code == 0, output
+    checks = rows(tmp_path, output)
+    assert {name: row["seen"][:9] for name, row in checks.items() if row["state"] == "not tried"} == {
+        "float32": "needs all",
+        "bf16": "needs all",
+        **dict.fromkeys(("devices", "model", "processes", "waits", "speed", "peers"), "needs a G"),
+        "nccl": "needs two",
+    }
+    held = {name: row["seen"] for name, row in checks.items() if row["state"] == "held"}
+    assert held.keys() == {"kills", "sigterm"} and len(checks) == 11
+    assert all(seen.startswith("the same bits, interrupted after ") for seen in held.values())
+    assert checks["peers"]["seen"].count("pytorch_example ") == 1 and "ours " in checks["peers"]["seen"]
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A copy of the project whose trainer forgets its momentum and learning rate when it resumes."""
+    for path in ("benchmarks/gpu.py", "tests/rig/project.py"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    (tmp_path / "datasets").symlink_to(ROOT / "datasets")
+    trainer, loop = (ROOT / "mnist.py").read_text(), "        for name in STATES:\n"
+    assert trainer.count(loop) == 1
+    (tmp_path / "mnist.py").write_text(trainer.replace(loop, loop.replace("STATES", "STATES[:2]")))
+    return tmp_path
+
+
+def test_what_fails_is_named_and_hides_nothing(broken):
+    command = (*ON_A_CPU, "--only", "sigterm", "nccl")
+    code, output = run(broken, *command, TMPDIR=broken, OMP_NUM_THREADS=1)
+    assert code == 1, output
+    checks = rows(broken, output)
+    assert {name: row["state"] for name, row in checks.items()} == {"sigterm": "failed", "nccl": "not tried"}
+    assert checks["sigterm"]["seen"].startswith("Tensor-likes are not equal!")
+    assert "\nsigterm: Traceback" in output
