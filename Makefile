@@ -1,4 +1,4 @@
-# Every target makes .venv, or reuses it. PYTHON=python3.12 chooses the interpreter, and
+# Every target but gpu and system-packages makes .venv, or reuses it. PYTHON=python3.12 chooses the interpreter, and
 # UV_TORCH_BACKEND=cpu (or auto, cu130, …) the build of torch; without it you get the one on PyPI.
 PYTHON ?= python3
 BIN = .venv/bin
@@ -61,7 +61,7 @@ question-answering: .venv/question-answering
 
 # Kills, signals and damage at random, for longer than CI has time.
 faults: .venv/tests
-	$(BIN)/python -m tests.rig.faults
+	$(RUN) tests.rig.faults
 
 # Other libraries on the same work. Renews docs/peers.md and its picture.
 bench: .venv/bench
@@ -71,13 +71,13 @@ bench: .venv/bench
 	$(UV) pip install --compile-bytecode --python $(BIN)/python -r requirements-bench.in -c requirements-bench.txt -c requirements-dev.txt -c requirements.txt
 	touch $@
 
-# All that the trainer promises, tried on an NVIDIA GPU. It takes the PyTorch that PYTHON has already.
+# What a GPU may change: accuracy, resuming, devices, processes, speed. It takes the PyTorch that PYTHON has already.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 
 # How training scales over processes and hosts; needs root, and a machine that does nothing else.
 scale: .venv/tests
-	$(BIN)/python -m benchmarks.scale
+	$(RUN) benchmarks.scale
 
 requirements: .venv/uv
 	$(UV) pip compile --quiet --universal --python-version 3.10 --no-header requirements.in -o requirements.txt

@@ -1,7 +1,7 @@
 """Compare mnist.py with its peers: the same network on the same digits, on the same cores, in one run.
 
 python benchmarks/bench.py                                   everything, as `make bench` does
-python benchmarks/bench.py --images 512 --rounds 1 --cap 2   a trial of minutes, which only prints the table
+python benchmarks/bench.py --images 512 --rounds 1 --cap 2   a trial of minutes, which leaves the page alone
 python benchmarks/bench.py --gpu --epochs 5                  on an NVIDIA GPU, those that use PyTorch
 python benchmarks/bench.py --render                          only the page and the picture, from results.json
 
@@ -325,10 +325,12 @@ def parse_arguments(argv):
     add("--epochs", type=int, default=1, help="how long a contender trains in a round (default: 1)")
     add("--cap", type=int, default=10, help="epochs allowed to reach 99 %%; 0: do not try (default: 10)")
     add("--threads", type=int, default=len(cores), help="of each contender (default: all cores)")
-    add("--images", type=int, help="a trial with this many images; prints the table only")
+    add("--images", type=int, help="a trial with this many images; leaves the page alone")
     add("--only", nargs="+", choices=KEYS, metavar="NAME", help=f"a trial with some of {', '.join(KEYS)}")
     add("--gpu", action="store_true", help="use an NVIDIA GPU; only for those that use PyTorch")
-    add("--results", type=Path, help="file for the raw results (default: in benchmarks/)")
+    add(
+        "--results", type=Path, help="file for raw results (default: in benchmarks/, or a trial's in output/)"
+    )
     add("--render", action="store_true", help="run nothing, write page and picture from the results")
     args = parser.parse_args(argv)
     args.contenders = [contender for contender in CONTENDERS if contender.key in (args.only or KEYS)]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STREAMS = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "rig")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "rig")]  # a package named tests may be installed here
 try:
     import torch
     from project import make_small_project

@@ -1,17 +1,18 @@
-"""What pytest gives to the tests of all modules: a small project to train in."""
+"""What pytest gives to the tests of all modules: small projects to train in, and a container engine."""
 
 import shutil
 
 import pytest
 
 from tests.rig.engine import running_engine
-from tests.rig.faults import Project
+from tests.rig.hosts import need_hosts
 from tests.rig.project import make_small_project
+from tests.rig.training import TEST, TRAIN, Project
 
 
 @pytest.fixture(scope="session")
 def small_template(tmp_path_factory):
-    return make_small_project(tmp_path_factory.mktemp("small"))
+    return make_small_project(tmp_path_factory.mktemp("small"), TRAIN, TEST)
 
 
 @pytest.fixture
@@ -31,3 +32,9 @@ def engine():
     """A container engine that has the Dockerfile's base image."""
     with running_engine() as engine:
         yield engine
+
+
+@pytest.fixture(scope="session")
+def hosts():
+    """The right and the tools to make hosts: see rig/hosts.py."""
+    need_hosts()

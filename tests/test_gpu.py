@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from tests.rig.processes import run
+from tests.rig.processes import need, run
 from tests.rig.project import ROOT
 
 ON_A_CPU = ("benchmarks/gpu.py", "--device", "cpu", "--images", 1000)
@@ -28,6 +28,7 @@ def test_no_gpu_is_said_in_a_sentence():
 
 
 def test_a_cpu_holds_what_it_can_and_leaves_the_rest_to_a_gpu(tmp_path):
+    need("timeout", "coreutils")
     code, output = run(ROOT, *ON_A_CPU, timeout=600, TMPDIR=tmp_path, OMP_NUM_THREADS=1)
     assert code == 0, output
     checks = rows(tmp_path, output)
@@ -57,6 +58,7 @@ def broken(tmp_path):
 
 
 def test_what_fails_is_named_and_hides_nothing(broken):
+    need("timeout", "coreutils")
     command = (*ON_A_CPU, "--only", "sigterm", "nccl")
     code, output = run(broken, *command, TMPDIR=broken, OMP_NUM_THREADS=1)
     assert code == 1, output

@@ -9,21 +9,11 @@ import time
 
 import pytest
 
-from tests.rig.faults import (
-    OPTIONS,
-    OWN_STORE,
-    TEST,
-    lose_elastic_worker,
-    lose_worker,
-    results,
-    weights,
-)
-from tests.rig.hosts import PyTorchJob, end, need_hosts
+from tests.rig.faults import OWN_STORE, lose_elastic_worker, lose_worker
+from tests.rig.hosts import PyTorchJob, end
+from tests.rig.training import OPTIONS, TEST, results, weights
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _hosts_can_be_made():
-    need_hosts()
+pytestmark = pytest.mark.usefixtures("hosts")
 
 
 @pytest.mark.parametrize("fault", ["kill", "link", "stop"])

@@ -8,18 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig.faults import weights
 from tests.rig.hosts import need_hosts
-from tests.rig.manifests import change, load, read_by_katib, trial
+from tests.rig.manifests import ELASTIC, EXPERIMENT, JOB, TRAINJOB, change, load, read_by_katib, trial
 from tests.rig.operators import backoff_limit, pods_of
 from tests.rig.processes import need
-from tests.rig.project import ROOT, make_small_project
+from tests.rig.project import make_small_project
 from tests.rig.replay import Replay
+from tests.rig.training import weights
 
-PLAIN = ROOT / "pytorchjob-mnist.yaml"
-ELASTIC = ROOT / "kubernetes" / "pytorchjob-mnist-elastic.yaml"
-TRAINJOB = ROOT / "kubernetes" / "trainjob-mnist.yaml"
-EXPERIMENT = ROOT / "kubernetes" / "experiment-mnist.yaml"
 EPOCHS = 15  # as the manifests have it
 TRAIN, TEST = 400, 200
 
@@ -68,7 +64,7 @@ def check_results(job, epochs=EPOCHS):
 @pytest.fixture(scope="module")
 def uninterrupted(project):
     """The job as committed, after its end, with nothing done to it."""
-    with Replay(on_one_cpu(load(PLAIN)), project) as job:
+    with Replay(on_one_cpu(load(JOB)), project) as job:
         job.run()
     return job
 
@@ -86,7 +82,7 @@ def test_the_job_succeeds(uninterrupted):
     assert [list((worker.folder / "output").iterdir()) for worker in workers] == [[], []]
 
 
-@pytest.mark.parametrize("path", [PLAIN, ELASTIC, TRAINJOB], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [JOB, ELASTIC, TRAINJOB], ids=lambda path: path.stem)
 def test_a_job_that_loses_a_worker_goes_on_from_the_checkpoint_and_succeeds(path, project, uninterrupted):
     with Replay(on_one_cpu(load(path)), project) as job:
         assert job.run_until("Epoch: 5 ") == "Running", job.log  # so the checkpoint of the fourth is complete
@@ -110,7 +106,7 @@ SHORT = ["--epochs", "1", "--resume", "--output-dir", "/output", "--save-model",
 
 
 def test_two_processes_a_pod_make_a_world_of_six(project):
-    manifest = on_one_cpu(load(PLAIN), args=SHORT)
+    manifest = on_one_cpu(load(JOB), args=SHORT)
     with Replay(change(manifest, "spec.nprocPerNode", "2"), project) as job:
         assert job.run() == "Succeeded", job.log
         assert {pod.pod.variables["WORLD_SIZE"] for pod in job.pods} == {"6"}
@@ -130,7 +126,7 @@ def test_a_trainjob_of_one_node_has_as_many_processes_as_it_asks_for(project, pr
     check_results(job, epochs=1)
 
 
-@pytest.mark.parametrize("path", [PLAIN, ELASTIC, TRAINJOB], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [JOB, ELASTIC, TRAINJOB], ids=lambda path: path.stem)
 def test_a_job_that_is_deleted_saves_and_each_of_its_pods_ends_with_143(path, project):
     with Replay(on_one_cpu(load(path)), project) as job:
         assert job.run_until("Epoch: 2 ") == "Running", job.log
@@ -155,7 +151,7 @@ def test_a_trial_of_the_experiment_runs_and_katib_reads_its_log(project):
 
 
 def test_a_job_fails_when_its_restarts_reach_the_backoff_limit(project):
-    with Replay(change(on_one_cpu(load(PLAIN)), "spec.runPolicy.backoffLimit", 3), project) as job:
+    with Replay(change(on_one_cpu(load(JOB)), "spec.runPolicy.backoffLimit", 3), project) as job:
         for pod in job.pods:
             pod.kill()
         assert job.state == "Running"
@@ -164,7 +160,7 @@ def test_a_job_fails_when_its_restarts_reach_the_backoff_limit(project):
 
 
 def test_a_job_whose_pods_are_never_restarted_fails_with_the_first(project):
-    manifest = change(on_one_cpu(load(PLAIN)), "spec.pytorchReplicaSpecs.Worker.restartPolicy", "Never")
+    manifest = change(on_one_cpu(load(JOB)), "spec.pytorchReplicaSpecs.Worker.restartPolicy", "Never")
     with Replay(manifest, project) as job:
         job.pods[1].kill()
         assert (job.state, job.restarts) == ("Failed", 0)
@@ -180,7 +176,7 @@ for folder in ("/output", "/tmp", "/app", "/app/datasets", "/"):
     except OSError as error:
         print(folder, error.strerror)
 """
-    with Replay(on_one_cpu(load(PLAIN), command=["python", "-c", script], args=[]), project) as job:
+    with Replay(on_one_cpu(load(JOB), command=["python", "-c", script], args=[]), project) as job:
         assert job.run() == "Succeeded"
     assert job.pods[0].log.splitlines() == [
         "1000 0 []",

@@ -7,15 +7,25 @@ import subprocess
 
 import pytest
 
-from tests.rig.manifests import CRDS, check, containers, load, parse, read_by_katib, trial
+from tests.rig.manifests import (
+    CLAIM,
+    CRDS,
+    ELASTIC,
+    EXPERIMENT,
+    JOB,
+    KUBERNETES,
+    POD,
+    TRAINJOB,
+    check,
+    containers,
+    load,
+    parse,
+    read_by_katib,
+    trial,
+)
 from tests.rig.processes import need, run
-from tests.rig.project import ROOT
 from tests.rig.replay import dockerfile
 
-KUBERNETES = ROOT / "kubernetes"
-JOB, POD = ROOT / "pytorchjob-mnist.yaml", KUBERNETES / "pod-mnist.yaml"
-ELASTIC, TRAINJOB = KUBERNETES / "pytorchjob-mnist-elastic.yaml", KUBERNETES / "trainjob-mnist.yaml"
-EXPERIMENT, CLAIM = KUBERNETES / "experiment-mnist.yaml", KUBERNETES / "volume-claim.yaml"
 FILES = [JOB, *sorted(KUBERNETES.glob("*.yaml"))]
 README = (KUBERNETES / "README.md").read_text()
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

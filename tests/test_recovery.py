@@ -18,24 +18,17 @@ import pytest
 import torch
 
 from tests.rig.faults import (
-    BATCH,
     DAMAGES,
-    MOMENTS,
-    OPTIONS,
     REGIONS,
-    TRAIN,
     damage_checkpoint,
     damage_data,
-    fingerprint,
     kill_and_resume,
-    results,
     stop_and_resume,
-    trainer_of,
-    weights,
 )
 from tests.rig.hosts import Process
 from tests.rig.processes import clean_environment, need, run, skip
 from tests.rig.project import make_small_project
+from tests.rig.training import BATCH, MOMENTS, OPTIONS, TRAIN, fingerprint, results, trainer_of, weights
 
 IN_TWO = ((), ("--num-processes", 2))  # as a launcher of Training
 
@@ -278,8 +271,8 @@ def is_at_work(process):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(project, output, region, damage):
     rng = random.Random(region + damage)
-    for _ in range(2):
-        damage_checkpoint(project, output, region, damage, rng)
+    seen = [damage_checkpoint(project, output, region, damage, rng) for _ in range(2)]
+    assert "named, and the previous one used" in seen
 
 
 class Trap:
@@ -548,10 +541,3 @@ def test_a_loss_that_is_no_number_stops_the_run_and_the_good_checkpoint_stays(tr
     # It may go wrong in the very last step.
     refusal(trainer, *arguments, "--batch-size", TRAIN, "--epochs", 1)
     assert weights(output) == before
-
-
-@pytest.mark.parametrize("lr", ["1e39", "1e300"])
-def test_a_learning_rate_beyond_float32_is_one_sentence(project, lr):
-    code, printed = run(project.folder, "mnist.py", "--lr", lr, "--epochs", 1, "--output-dir", f"lr-{lr}")
-    assert code in (1, 2)
-    assert "Traceback" not in printed

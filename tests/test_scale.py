@@ -71,11 +71,6 @@ def test_the_stored_times_give_the_stored_page(tmp_path, monkeypatch):
     assert (tmp_path / "scale.png").stat().st_size > 10_000
 
 
-def test_a_page_without_the_marks_is_refused():
-    with pytest.raises(ValueError, match="scale"):
-        replace_between("# Nothing\n", "scale", "new")
-
-
 def test_a_slow_link_takes_about_what_the_model_says(tmp_path):
     need_hosts()
     need("tc", "iproute2")

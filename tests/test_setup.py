@@ -27,14 +27,14 @@ def test_conda_names_no_package_of_its_own_but_python_and_pip():
     assert pip == {"pip": ["-r requirements.txt"]}
 
 
-@pytest.mark.parametrize("name", ["requirements", "requirements-dev"])
+@pytest.mark.parametrize("name", ["requirements", "requirements-dev", "requirements-bench"])
 def test_everything_asked_for_is_pinned_exactly(name):
     assert set(packages(f"{name}.in")) <= set(packages(f"{name}.txt"))
     pins = [line for line in (ROOT / f"{name}.txt").read_text().splitlines() if re.match(r"\w", line)]
     assert all(re.match(r"[\w.-]+==[\w.]+( ; .+)?$", pin) for pin in pins)
 
 
-def test_what_the_person_asked_for_is_there():
+def test_the_notebooks_libraries_are_asked_for_by_name():
     asked = {"torch", "torchvision", "matplotlib", "numpy", "papermill", "jupyterlab", "ipython"}
     assert asked <= set(packages("requirements.in"))
 

@@ -8,15 +8,13 @@ import subprocess
 import pytest
 import torch
 
-from tests.rig.faults import OPTIONS, TEST, Project, results, trainer_of, weights
-from tests.rig.hosts import Host, PyTorchJob, end, ip, need_hosts
+from tests.rig.hosts import Host, PyTorchJob, end, ip
+from tests.rig.training import OPTIONS, TEST, Project, results, trainer_of, weights
 
 TORCHRUN = ("-m", "torch.distributed.run")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _hosts_can_be_made():
-    need_hosts()
+pytestmark = pytest.mark.usefixtures("hosts")
 
 
 # --- The hosts themselves -----------------------------------------------------------------------
@@ -65,7 +63,7 @@ def test_a_pod_finds_what_the_operator_gives_it_and_nothing_of_this_machine(tmp_
             "PET_NODE_RANK": str(rank),
             "PET_NPROC_PER_NODE": "auto",
             "PET_NNODES": "3",
-            "OMP_NUM_THREADS": "1",  # from the manifest
+            "OMP_NUM_THREADS": "1",  # as the manifest has it
         }
 
 

@@ -38,7 +38,7 @@ def one_thread():
 
 @pytest.fixture
 def trainer():
-    """The trainer with the older tutorial's optimiser, so only the implementations differ."""
+    """The trainer with the older tutorial's optimiser. It also distorts, normalises and averages."""
     return mnist.Trainer(mnist.Hyperparameters(optimizer="adadelta", lr=1.0))
 
 
@@ -68,7 +68,7 @@ def test_a_step_of_training_is_no_slower_than_in_the_older_tutorial(digits, one_
             F.nll_loss(model(batch), its_labels).backward()
             optimizer.step()
 
-    # On a busy machine it was 0.98 to 1.02, although only the trainer also normalises.
+    # On a busy machine it was 0.98 to 1.02, although the trainer does more.
     assert median_ratio(lambda: time_epoch(trainer, images, labels), older, pairs=12) < 1.25
 
 

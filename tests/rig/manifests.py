@@ -25,7 +25,12 @@ from kubeflow_katib_api.models import V1beta1Experiment
 
 import mnist
 from tests.rig.operators import pods_of
+from tests.rig.project import ROOT
 
+KUBERNETES = ROOT / "kubernetes"
+JOB, POD = ROOT / "pytorchjob-mnist.yaml", KUBERNETES / "pod-mnist.yaml"
+ELASTIC, TRAINJOB = KUBERNETES / "pytorchjob-mnist-elastic.yaml", KUBERNETES / "trainjob-mnist.yaml"
+EXPERIMENT, CLAIM = KUBERNETES / "experiment-mnist.yaml", KUBERNETES / "volume-claim.yaml"
 CRDS = os.environ.get("MNIST_CRD_DIR")
 
 

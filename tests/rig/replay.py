@@ -5,9 +5,9 @@
         job.pods[1].kill()
         assert job.run() == "Succeeded"
 
-Each pod is a host of hosts.py. Its container has the file system, the user, the rights, the limits and the
-environment that manifest, Dockerfile and operator give it, and is run by runc, as in most clusters.
-It is no cluster: nothing is scheduled or pulled, and GPUs are left out. Needs root, iproute2 and runc.
+Each pod is a host of hosts.py. Its container has the file system, the user, the rights, the memory and the
+environment that manifest, Dockerfile and operator give it, and is run by runc, as in most clusters. It is no
+cluster: nothing is scheduled or pulled. CPU limits and GPUs are left out. Needs root, iproute2 and runc.
 """
 
 import json
@@ -96,7 +96,7 @@ class Replay(Network):
 
 
 def make_image(folder, project):
-    """Make a folder that has what the image has: the small project's trainer and digits, and this Python."""
+    """Make a folder that has what the image has: the small project's trainer and digits."""
     app = folder / dockerfile("WORKDIR")[-1].strip("/")
     shutil.copytree(project / "datasets", app / "datasets")
     shutil.copy(project / "mnist.py", app)
