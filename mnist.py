@@ -198,13 +198,13 @@ class Trainer:
         layout = torch.contiguous_format if self.device.type == "mps" else torch.channels_last
         self.learner, self.model = (Net().to(device, memory_format=layout) for _ in range(2))
         self.network = self.learner  # Job wraps it, to average gradients over the processes
-        weights = self.learner.parameters()
+        self.weights = [list(network.parameters()) for network in (self.model, self.learner)]
         if h.optimizer == "adadelta":
-            self.optimizer = torch.optim.Adadelta(weights, h.lr)
+            self.optimizer = torch.optim.Adadelta(self.weights[1], h.lr)
         else:
             # Weight decay pulls all weights a little towards 0, so only useful ones stay large.
             nesterov = {"momentum": h.momentum, "nesterov": h.momentum > 0}
-            self.optimizer = torch.optim.SGD(weights, h.lr, **nesterov, weight_decay=5e-4, fused=True)
+            self.optimizer = torch.optim.SGD(self.weights[1], h.lr, **nesterov, weight_decay=5e-4, fused=True)
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, h.gamma)
         self.steps = 0  # since training began
         self.history = []  # one dict for each finished epoch: the lines of metrics.jsonl
@@ -224,13 +224,14 @@ class Trainer:
         order = epoch_order(len(images), h.seed, self.epoch).to(self.device)
         distortions = epoch_distortions(len(images), h.seed, self.epoch).to(self.device)
         batch_size = h.batch_size * world_size  # of all processes together
+        noise = torch.default_generator if self.device.type == "cpu" else torch.get_device_module(self.device)
         self.learner.train()
         for start in range(self.samples_seen, len(order), batch_size):
             self.job.stop_if_asked()
             batch = order[start : start + batch_size]
             share = batch[rank::world_size]
             # Dropout's random numbers depend only on seed and position, so a resumed run repeats them.
-            torch.manual_seed(random_seed("dropout", h.seed, self.epoch, start, rank))
+            noise.manual_seed(random_seed("dropout", h.seed, self.epoch, start, rank))  # on this device alone
             digits = images[share]
             if h.augment and len(share):  # the last batch may have no image for this process
                 digits = distort(digits, distortions[share])
@@ -253,7 +254,7 @@ class Trainer:
         # Each step goes a little astray, having seen only one batch. Averaged, these errors cancel out.
         # The last tenth counts for two thirds (see https://proceedings.mlr.press/v28/shamir13.html).
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay=self.steps / (10 + self.steps))
-        average(list(self.model.parameters()), list(self.learner.parameters()), None)
+        average(*self.weights, None)
         self.steps += 1
         return loss.detach()
 
@@ -547,9 +548,8 @@ def launch(processes, argv):
     options = ["--standalone", f"--nproc-per-node={processes}"]
     if "PET_NNODES" not in env:  # this machine alone: a container may not know its own name
         env.setdefault("PET_LOCAL_ADDR", "localhost")
-    # The processes of a machine or pod share its processors.
     each = processes if processes > 1 else int(each) if each.isdecimal() else count_processors()
-    env.setdefault("OMP_NUM_THREADS", str(max(1, count_processors() // max(1, each))))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, count_processors() // max(1, each))))  # a fair share
     # All of torchrun's signals but SIGHUP, which nohup ignores. (PyTorch 2.9 does not read this yet.)
     env.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     logging.disable()  # otherwise torchrun adds a page to the one line of a failed process

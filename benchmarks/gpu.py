@@ -123,10 +123,10 @@ class Checks(argparse.Namespace):
             sys.exit(f"not tried: needs {' and '.join(gone)}; install what fits torch {torch.__version__}")
         flags = ["--only", "ours", "pytorch_example", "lightning", "ignite", "--cap", 0]
         flags += ["--rounds", 3, "--epochs", 2, "--gpu"] if self.device == "cuda" else ["--rounds", 1]
-        flags += ["--images", self.images] if self.images < 60_000 else []
-        flags += ["--results", file := Path("peers").resolve()]
+        flags += ["--images", self.images] * (self.images < 60_000) + ["--results", Path("peers").resolve()]
         subprocess.run(map(str, ["timeout", 240, sys.executable, ROOT / "benchmarks" / "bench.py", *flags]))
-        runs = json.loads(file.read_text())["runs"]
+        assert Path("peers").exists(), "bench.py ended, or took 240 s, without a result"
+        runs = json.loads(Path("peers").read_text())["runs"]
         seen = [f"{r['contender']} {r['error'] or round(r['epochs'][-1]['seconds'], 2)}" for r in runs]
         return self._on_gpu(", ".join(seen))
 

@@ -103,5 +103,6 @@ def test_images_come_from_memory(digits, one_thread, trainer, augment, bound):
     loader, _ = shared_torch.loaders(20 * 64)
     trainer.hyperparameters.augment = augment
     # The average takes time to read all weights, so this network has hardly any.
-    trainer.network = trainer.learner = trainer.model = NoNetwork()
+    trainer.network = trainer.learner = trainer.model = network = NoNetwork()
+    trainer.weights = [[network.output], [network.output]]
     assert median_ratio(lambda: time_epoch(trainer, images, labels), lambda: list(loader), pairs=12) < bound
