@@ -14,6 +14,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, urlsplit
 
+from tests.rig.operators import pods_of
 from tests.rig.processes import serving
 
 TRAINER = "trainer.kubeflow.org/v1alpha1"
@@ -125,7 +126,7 @@ class ApiServer:
 
     def pods(self):
         """Return the pods, which are there as long as their jobs."""
-        return [pod for path, job in self.objects.items() for pod in pods_of(job, self.state(path))]
+        return [pod for path, job in self.objects.items() for pod in listed_pods(job, self.state(path))]
 
     def answer(self, verb, path, query, body):
         """Return (code, JSON object or text) for a request."""
@@ -206,16 +207,14 @@ def selects(selector, item):
     return True
 
 
-def pods_of(job, state):
+def listed_pods(job, state):
     """Return the pods of a job in a state; one that has failed takes them, and their logs, along."""
     name = job["metadata"]["name"]
     if state.endswith("Failed"):
         return []
     if job["kind"] == "PyTorchJob":
-        replicas = job["spec"]["pytorchReplicaSpecs"].items()
-        names = [f"{name}-{role.lower()}-{i}" for role, each in replicas for i in range(each["replicas"])]
         labels = {"training.kubeflow.org/job-name": name}
-        return [pod(each, "pytorch", "Running", labels) for each in names]
+        return [pod(each.name, "pytorch", "Running", labels) for each in pods_of(job)]
     if job["kind"] == "TrainJob":
         phase = state.split()[-1].replace("Created", "Pending")
         labels = {"jobset.sigs.k8s.io/jobset-name": name, "jobset.sigs.k8s.io/replicatedjob-name": "node"}
