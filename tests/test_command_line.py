@@ -29,7 +29,7 @@ def refuse(capsys):
 def test_every_flag_has_its_documented_default():
     args = vars(mnist.parse_arguments([]))
     assert args == {
-        "epochs": 5, "batch_size": 64, "test_batch_size": 1000, "optimizer": "sgd", "lr": 0.07,
+        "epochs": 5, "batch_size": 64, "test_batch_size": 1000, "optimizer": "sgd", "lr": 0.1,
         "gamma": 0.75, "momentum": 0.9, "label_smoothing": 0.1, "augment": True, "bf16": False, "seed": 1,
         "log_interval": 10, "no_cuda": False, "backend": None, "num_processes": 1, "data_dir": "datasets",
         "output_dir": "output", "resume": False, "checkpoint_interval": None, "timeout": 60,

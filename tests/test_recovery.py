@@ -486,7 +486,7 @@ def test_a_file_that_is_in_the_way_is_named(trainer, tmp_path):
     [
         ("batch_size", 30, 31),
         ("optimizer", "sgd", "adadelta"),
-        ("lr", 0.07, 0.5),
+        ("lr", 0.1, 0.5),
         ("gamma", 0.75, 0.6),
         ("momentum", 0.9, 0.6),
         ("label_smoothing", 0.1, 0.2),

@@ -290,6 +290,17 @@ def test_the_model_is_an_average_of_the_last_weights():
     assert weights[-1] == pytest.approx(0.199 * 10 / 11, rel=0.01)
 
 
+def test_no_batch_moves_the_weights_far():
+    trainer = mnist.Trainer(mnist.Hyperparameters(lr=0.1, momentum=0.0))
+    before = [weight.detach().clone() for weight in trainer.learner.parameters()]
+    digits = torch.randint(256, (8, 28, 28), dtype=torch.uint8)
+    trainer.step(digits, torch.arange(8), scale=1e6)
+    # Without weight decay, which is added after clipping, the step is that of a gradient of length 2.
+    decayed = [(1 - 0.1 * 5e-4) * weight for weight in before]
+    moved = [weight - other for weight, other in zip(trainer.learner.parameters(), decayed, strict=True)]
+    assert torch.cat([part.flatten() for part in moved]).norm() == pytest.approx(0.1 * 2, rel=1e-4)
+
+
 def test_learner_and_model_are_both_kept(trained):
     _, output = trained
     checkpoint = torch.load(output / "checkpoint.pt", weights_only=True)
@@ -326,7 +337,7 @@ def test_metrics_file_says_what_the_log_says(trained):
     assert [f"{m['test_loss']:.4f}" for m in (first, second)] == re.findall(r"^loss=(.*)$", log, re.M)
     assert [f"{m['accuracy']:.4f}" for m in (first, second)] == re.findall(r"^accuracy=(.*)$", log, re.M)
     assert [m["epoch"] for m in (first, second)] == [1, 2]
-    assert [m["learning_rate"] for m in (first, second)] == pytest.approx([0.07, 0.0525])
+    assert [m["learning_rate"] for m in (first, second)] == pytest.approx([0.1, 0.075])
     assert first["train_loss"] > second["train_loss"] > 0
     assert first["samples_per_second"] == pytest.approx(1000 / first["seconds"])
 
