@@ -298,7 +298,7 @@ def test_no_batch_moves_the_weights_far():
     # Without weight decay, which is added after clipping, the step is that of a gradient of length 2.
     decayed = [(1 - 0.1 * 5e-4) * weight for weight in before]
     moved = [weight - other for weight, other in zip(trainer.learner.parameters(), decayed, strict=True)]
-    assert torch.cat([part.flatten() for part in moved]).norm() == pytest.approx(0.1 * 2, rel=1e-4)
+    assert torch.cat([part.flatten() for part in moved]).norm().item() == pytest.approx(0.1 * 2, rel=1e-4)
 
 
 def test_learner_and_model_are_both_kept(trained):
