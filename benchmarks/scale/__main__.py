@@ -1,6 +1,6 @@
 """How training scales over processes and hosts, and how it would over more of them than there are here.
 
-    sudo make scale                                    measures for a quarter of an hour, on a quiet machine
+    sudo make scale                                    measures for ten minutes, on a quiet machine
     .venv/bin/python -m benchmarks.scale --again       makes tables and picture again, from scale.json
 
 Every round measures every configuration once, so that whatever else the machine does falls on all alike.
