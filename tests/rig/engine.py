@@ -87,16 +87,21 @@ def running_engine():
 
 @contextmanager
 def own_docker():
-    """Start a Docker engine that keeps to a folder of its own and leaves this machine's firewall alone."""
+    """Start a Docker engine that keeps to a folder and a bridge of its own, and leaves the firewall alone."""
     folder = Path(tempfile.mkdtemp(prefix="engine.", dir="/var/tmp"))  # not /tmp: that may be in memory
     folder.chmod(0o711)
     socket = f"unix://{folder}/socket"
     command = ["dockerd", "--host", socket, "--group", str(PERSON), "--pidfile", folder / "pid"]
     command += ["--data-root", folder / "data", "--exec-root", folder / "exec"]
     command += ["--iptables=false", "--ip-forward=false"]
+    # Not docker0: another file's tests may have an engine at the same time, and delete its bridge at their end.
+    bridge, address = f"engine{os.getpid()}", f"10.99.{os.getpid() % 256}.1/24"
+    command += ["--bridge", bridge]
     try:
         if shutil.disk_usage(folder).free < DISK_SPACE:
             skip(f"images need {DISK_SPACE / 1e9:.0f} GB of free disk space in {folder.parent}")
+        subprocess.run(["ip", "link", "add", bridge, "type", "bridge"], check=True)
+        subprocess.run(["ip", "address", "add", address, "dev", bridge], check=True)
         with open(folder / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as daemon:
             try:
                 # The package's own client: another that comes first on the path may lack what builds need.
@@ -113,7 +118,7 @@ def own_docker():
     finally:
         for mount in reversed(mounts_below(folder)):
             subprocess.run(["umount", mount])
-        subprocess.run(["ip", "link", "delete", "docker0"], capture_output=True)
+        subprocess.run(["ip", "link", "delete", bridge], capture_output=True)
         shutil.rmtree(folder)
 
 
