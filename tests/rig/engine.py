@@ -94,7 +94,7 @@ def own_docker():
     command = ["dockerd", "--host", socket, "--group", str(PERSON), "--pidfile", folder / "pid"]
     command += ["--data-root", folder / "data", "--exec-root", folder / "exec"]
     command += ["--iptables=false", "--ip-forward=false"]
-    # Not docker0: another file's tests may have an engine at the same time, and delete its bridge at their end.
+    # Not docker0: tests in another file may have an engine, too, and delete its bridge when they end.
     bridge, address = f"engine{os.getpid()}", f"10.99.{os.getpid() % 256}.1/24"
     command += ["--bridge", bridge]
     try:
