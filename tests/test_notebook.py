@@ -642,7 +642,7 @@ def test_one_epoch_on_all_digits_headless_reads_at_least_98_percent(tmp_path):
     output = "".join(line for line, _ in arrived)
     assert process.returncode == 0, output
 
-    assert max(memory) < 3e9, "bytes: the README promises that so much is enough"
+    assert max(memory) < 2.8e9, "bytes: too much for a free Binder or a small pod"
 
     after = files_in(project)
     assert {name: after[name] for name in before} == before

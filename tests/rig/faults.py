@@ -79,6 +79,7 @@ def stop_and_resume(project, name, world_size, moment, rng, number=signal.SIGTER
         # Once all is done and saved, a signal finds nobody who handles it, and may end a process by itself.
         if set(codes) <= ({0, -number} if began else {0}):
             assert before == lines, f"left too early, with {codes}:\n{printed}"
+            assert weights(training.output) == expected, f"not all is saved, with {codes}:\n{printed}"
         elif began:
             assert set(codes) == {143}, f"{codes}\n{printed}"
             assert "Stopped by a signal" in printed, printed
