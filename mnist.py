@@ -105,21 +105,21 @@ def read_idx(path, sha256):
         contents = found.read_bytes() if found == path else gzip.decompress(found.read_bytes())
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{found} is damaged: put a good copy there ({error})") from error
-    if (
-        len(contents) < 4 or hashlib.sha256(contents).hexdigest() != sha256
-    ):  # otherwise it would learn, only less well
-        why = "does not match" if sha256 else "has no line in"
-        raise ValueError(f"{found} {why} SHA256SUMS: put a good copy there, or correct the sum")
-    # The first four bytes say of what type the numbers are, and how many dimensions they have.
-    types = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
-    kind, *shape = (int.from_bytes(contents[i : i + 4], "big") for i in range(0, 4 + 4 * contents[3], 4))
-    if kind >> 8 != 8:
-        raise ValueError(f"{found} holds {types.get(kind >> 8, 'something else')}, but must hold uint8")
-    data = torch.frombuffer(bytearray(contents), dtype=torch.uint8)[4 + 4 * len(shape) :]
-    if len(data) != math.prod(shape):
+    if sha256 is None:
+        raise ValueError(f"{path} has no line in SHA256SUMS: the program sha256sum prints one")
+    if hashlib.sha256(contents).hexdigest() != sha256:  # otherwise it would learn, only less well
+        raise ValueError(f"{found} does not match SHA256SUMS: put a good copy there, or correct the sum")
+    # Two zeros, the type of the numbers, how many dimensions they have, and the length of each.
+    header = 4 + 4 * sum(contents[3:4])
+    shape = [int.from_bytes(contents[i : i + 4], "big") for i in range(4, header, 4)]
+    if contents[:3] != b"\0\0\x08":
+        types = {9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
         raise ValueError(
-            f"{found} holds {len(data)} numbers, but its first bytes announce {math.prod(shape)}"
+            f"{found} holds {types.get(sum(contents[:3]), 'something else')}, but must hold uint8"
         )
+    data = torch.frombuffer(bytearray(contents), dtype=torch.uint8)[header:]
+    if len(data) != math.prod(shape):
+        raise ValueError(f"{found} holds {len(data)} numbers, but announces {math.prod(shape)}")
     return data.view(shape)
 
 
@@ -827,13 +827,13 @@ def main(argv=None):
             # Notebooks show standard error in pink.
             logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
             logging.getLogger().handlers[0].handleError = give_up
-            if each := count_to_launch(args):
+            if (each := count_to_launch(args)) is not None:
                 sys.exit(launch(each, argv))
             job = Job.from_environment()
             logging.disable(logging.INFO if job.rank > 0 else logging.NOTSET)
             run(args, job)
     except (Exception, KeyboardInterrupt) as error:
-        text = " ".join(str(error).split()) or "interrupted"
+        text = " ".join(str(error).split()) or type(error).__name__
         if lacks_memory(error):
             testing = any(frame.name == "test" for frame in traceback.extract_tb(error.__traceback__))
             flag = "--test-batch-size" if testing else "--batch-size"

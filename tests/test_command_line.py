@@ -90,7 +90,7 @@ def test_any_number_of_64_bits_is_a_seed_whose_checkpoint_can_be_read_back(tmp_p
 
 def test_bad_usage_ends_the_program_with_code_2(small):
     code, log = run(small, "mnist.py", "--epochs", "0")
-    assert code == 2 and log.splitlines()[-1].endswith("'0' is not a whole number of 1 or more")
+    assert code == 2 and log.splitlines()[-1].endswith("'0' is not a whole number from 1 to 1000000000")
     assert not (small / "output").exists()
 
 
@@ -163,10 +163,38 @@ def test_a_wrong_number_from_an_operator_is_named(refuse_variables, name, value)
     assert sentence == f"mnist.py: the variable {name} must be a whole number from 0 to 65535, not {value!r}"
 
 
-@pytest.mark.parametrize("variables", [JOB | {"LOCAL_RANK": ""}, {"PET_NNODES": "2"}])
-def test_processes_of_a_pod_are_the_jobs_to_say(refuse_variables, variables):
+@pytest.mark.parametrize(
+    "variables, sentence",
+    [
+        (JOB, "--num-processes does not go with torchrun"),
+        (JOB | {"LOCAL_RANK": ""}, "--num-processes is for one machine"),
+        ({"PET_NNODES": "2"}, "--num-processes is for one machine"),
+    ],
+)
+def test_who_has_a_launcher_already_is_told_so_and_not_ignored(refuse_variables, variables, sentence):
     variables = {name: value for name, value in variables.items() if value}
-    assert "--num-processes is for one machine" in refuse_variables(variables, "--num-processes", "2")
+    assert sentence in refuse_variables(variables, "--num-processes", "2")
+
+
+@pytest.mark.parametrize(
+    "error, sentence",
+    [
+        (OSError(), "mnist.py: OSError"),
+        (KeyboardInterrupt(), "mnist.py: KeyboardInterrupt"),
+        (
+            RuntimeError("\n"),
+            "mnist.py: rank 0 of 2 (meeting at localhost:29500) failed, or lost another: Runtime",
+        ),
+    ],
+)
+def test_an_error_without_text_is_a_sentence_all_the_same(
+    refuse_variables, monkeypatch, tmp_path, error, sentence
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(mnist.Job, "rendezvous", fail)
+    assert refuse_variables(JOB, "--output-dir", str(tmp_path)).startswith(sentence)
 
 
 def test_a_path_that_speaks_of_allocation_is_no_want_of_memory():
@@ -259,7 +287,7 @@ def test_threads_are_no_more_than_the_processors_that_the_program_is_bound_to(sm
     need("taskset", "util-linux")
     command = ["taskset", "-c", str(min(os.sched_getaffinity(0))), *COMMAND]
     code, log = run(small, "-c", f"import os; os.execvp('taskset', {command})", OMP_NUM_THREADS=4)
-    assert code == 0 and log.splitlines()[0].split(", ")[4] == "1 thread", log
+    assert code == 0 and log.splitlines()[0].split(", ")[3] == "1 thread", log
 
 
 COMMAND = [sys.executable, "mnist.py", "--dry-run"]

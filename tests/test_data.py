@@ -3,7 +3,11 @@
 import gzip
 import hashlib
 import shutil
+import signal
+import socket
 import subprocess
+import sys
+import time
 from contextlib import suppress
 from http.server import SimpleHTTPRequestHandler
 
@@ -12,7 +16,8 @@ import torch
 from torchvision.datasets import MNIST
 
 import mnist
-from tests.rig.processes import need, run, serving
+from tests.rig.hosts import Process
+from tests.rig.processes import clean_environment, need, run, serving
 from tests.rig.project import RAW, ROOT
 
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
@@ -65,7 +70,7 @@ def test_the_repository_has_the_files_whose_sums_stand_beside_them_and_torchvisi
         assert hashlib.md5(packed).hexdigest() == md5
         assert hashlib.sha256(gzip.decompress(packed)).hexdigest() == sums[archive.removesuffix(".gz")]
         assert md5 in (ROOT / "datasets/README.md").read_text()
-    assert list(sums) == sorted(mnist.FILES)
+    assert list(sums) == mnist.FILES
 
 
 def test_the_data_are_all_digits_as_bytes():
@@ -95,15 +100,45 @@ def test_packed_and_unpacked_files_are_the_same_data_and_reading_writes_nothing(
     assert contents_of(small / RAW) == before
 
 
-def test_sums_are_read_as_the_program_sha256sum_writes_them(small):
+def test_sums_are_read_as_the_program_sha256sum_writes_and_checks_them(small):
     need("sha256sum", "coreutils")
-    expected = mnist.checksums(small / RAW)
-    for mode in ("--text", "--binary"):
-        words = ["sha256sum", mode, *mnist.FILES]
-        printed = subprocess.run(words, cwd=small / RAW, capture_output=True, text=True, check=True).stdout
-        for end in ("\n", "\r\n"):
-            (small / RAW / "SHA256SUMS").write_text(printed, newline=end)
-            assert mnist.checksums(small / RAW) == expected
+    raw, expected = small / RAW, mnist.checksums(small / RAW)
+
+    def sha256sum(*words, folder=raw):
+        return subprocess.run(["sha256sum", *words], cwd=folder, capture_output=True, text=True).stdout
+
+    printed = [sha256sum(mode, *mnist.FILES) for mode in ("--text", "--binary", "--tag")]
+    printed += [sha256sum(*(f"./{name}" for name in mnist.FILES)), sha256sum(*(raw / n for n in mnist.FILES))]
+    printed += [printed[0].replace("\n", "\r\n"), "# by hand\n\n" + printed[0], "\ufeff" + printed[1]]
+    printed += ["\n".join(f"  {sum.upper()}  {name}" for name, sum in expected.items())]
+    printed += ["".join(f"SHA256({name})= {sum}\n" for name, sum in expected.items())]  # as openssl does
+    for text in printed:
+        (raw / "SHA256SUMS").write_text(text, encoding="utf-8", newline="")
+        assert mnist.checksums(raw) == expected, text
+        if not text.startswith("\ufeff"):  # a mark of Windows, which sha256sum itself does not know
+            assert sha256sum("--check", "SHA256SUMS").count(": OK") == 4, text
+
+
+@pytest.mark.parametrize("kind", ["empty", "of another folder", "of three files", "of the archives"])
+def test_a_file_for_which_there_is_no_sum_is_named_and_not_trained_on(small, kind):
+    listed = small / RAW / "SHA256SUMS"
+    lines = listed.read_text().splitlines(keepends=True)
+    texts = {
+        "empty": "",
+        "of another folder": "".join(lines).replace("  ", "  raw/"),
+        "of three files": "".join(line for line in lines if "t10k-labels" not in line),
+        "of the archives": "".join(lines).replace("-ubyte", "-ubyte.gz"),
+    }
+    listed.write_text(texts[kind])
+    with pytest.raises(ValueError, match=rf"{small / RAW}/t.*-ubyte has no line in SHA256SUMS"):
+        mnist.load_mnist(small / "datasets")
+
+
+def test_sums_that_are_not_utf8_are_a_sentence_about_them(small):
+    listed = small / RAW / "SHA256SUMS"
+    listed.write_text(listed.read_text(), encoding="utf-16")  # PowerShell's >
+    with pytest.raises(ValueError, match=f"{listed} must be text in UTF-8"):
+        mnist.load_mnist(small / "datasets")
 
 
 # --- What is damaged or missing
@@ -121,8 +156,10 @@ def test_a_damaged_file_is_named_with_what_to_do(small, packed, damage):
         path.write_bytes({"one bit": other, "truncated": intact[:-7]}.get(damage, b""))
         if damage == "missing":
             path.unlink()
-        what_to_do = "put a good copy there"
-        with pytest.raises((OSError, ValueError), match=f"{RAW / name}.*{what_to_do}"):
+        what_to_do = "No such file" if damage == "missing" else "put a good copy there"
+        with pytest.raises(
+            (OSError, ValueError), match=f"{what_to_do}.*{RAW / name}|{RAW / name}.*{what_to_do}"
+        ):
             mnist.load_mnist(small / "datasets")
         path.write_bytes(intact)
 
@@ -134,7 +171,7 @@ def test_damage_ends_the_program_in_one_line_and_stays_as_it_is(small):
     code, log = run(small, "mnist.py")
     assert code == 1 and len(log.splitlines()) == 2  # the first says how it was started
     assert log.splitlines()[-1].startswith(
-        f"mnist.py: {RAW / path.name} is missing or damaged, put a good copy"
+        f"mnist.py: {RAW / path.name} does not match SHA256SUMS: put a good copy"
     )
     assert contents_of(small / RAW) == before and not (small / "output/checkpoint.pt").exists()
 
@@ -142,11 +179,62 @@ def test_damage_ends_the_program_in_one_line_and_stays_as_it_is(small):
 def test_what_is_no_set_of_digits_is_refused_even_with_its_sums(small):
     labels = small / RAW / "train-labels-idx1-ubyte"
     labels.write_bytes(labels.read_bytes()[:-1] + b"\x0a")
-    sums = (small / RAW / "SHA256SUMS").read_text().split()
-    sums[2 * mnist.FILES.index(labels.name)] = hashlib.sha256(labels.read_bytes()).hexdigest()
-    (small / RAW / "SHA256SUMS").write_text("\n".join(sums))
+    sums = mnist.checksums(small / RAW) | {labels.name: hashlib.sha256(labels.read_bytes()).hexdigest()}
+    (small / RAW / "SHA256SUMS").write_text("".join(f"{sum}  {name}\n" for name, sum in sums.items()))
     with pytest.raises(ValueError, match="a label from 0 to 9"):
         mnist.load_mnist(small / "datasets")
+
+
+def idx(kind, shape, values):
+    return bytes([0, 0, kind, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape) + values
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+FOREIGN = {
+    "signed bytes": (IMAGES, idx(9, (1, 28, 28), bytes(784)), "int8"),
+    "floats": (IMAGES, idx(13, (1, 28, 28), bytes(4 * 784)), "float32"),
+    "int32 labels": (LABELS, idx(12, (1000,), bytes(4000)), "int32"),
+    "an unknown type": (LABELS, idx(7, (1000,), bytes(1000)), "something else"),
+    "an array of numpy's": (IMAGES, b"\x93NUMPY" + bytes(900), "something else"),
+    "a byte too many": (
+        LABELS,
+        idx(8, (1000,), bytes(1001)),
+        "1001 numbers, but announces 1000",
+    ),
+    "a byte too few": (LABELS, idx(8, (1000,), bytes(999)), "999 numbers, but announces 1000"),
+    "a header cut off": (LABELS, b"\0\0\x08\x01\0", "each image must have"),
+    "nothing": (LABELS, b"", "something else"),
+    "no digits": (LABELS, idx(8, (0,), b""), "each image must have"),
+    "labels in two dimensions": (LABELS, idx(8, (1000, 1), bytes(1000)), "each image must have"),
+    "smaller digits": (IMAGES, idx(8, (1000, 14, 14), bytes(196000)), "each image must have"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_sound_files_of_another_type_are_told_apart_from_damaged_ones(small, kind):
+    name, contents, expected = FOREIGN[kind]
+    (small / RAW / name).write_bytes(contents)
+    listed = small / RAW / "SHA256SUMS"
+    lines = [line for line in listed.read_text().splitlines() if name not in line]
+    listed.write_text("\n".join([*lines, f"{hashlib.sha256(contents).hexdigest()}  {name}"]))
+    with pytest.raises(ValueError, match=expected) as refused:
+        mnist.load_mnist(small / "datasets")
+    assert str(small / RAW) in str(refused.value) and "damaged" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")]
+)
+def test_a_file_that_cannot_be_read_is_not_called_damaged(small, monkeypatch, error):
+    """Root may read anything, so the error is made here."""
+
+    def read_bytes(path):
+        raise type(error)(*error.args, str(path))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", read_bytes)
+    with pytest.raises(OSError, match=error.args[1]) as refused:
+        mnist.load_mnist(small / "datasets")
+    assert "damaged" not in str(refused.value) and mnist.FILES[0] in str(refused.value)
 
 
 # --- Without sums: MNIST, or nothing
@@ -184,13 +272,11 @@ def test_another_data_set_is_never_overwritten_and_trained_on_once_it_has_sums(s
 
 def test_where_nothing_is_mnist_is_downloaded_as_a_line_says(tmp_path, mirror, caplog):
     caplog.set_level("INFO")
+    mnist.download(tmp_path / RAW)
     assert mnist.checksums(tmp_path / RAW) == mnist.checksums(ROOT / RAW)
     assert caplog.messages == [f"Downloading MNIST from {MNIST.mirrors[0]}"]
     assert mirror == {f"{name}.gz" for name in mnist.FILES}
     assert [path.name for path in (tmp_path / RAW).parent.iterdir()] == ["raw"], "something is left over"
-    mirror.clear()
-    mnist.checksums(tmp_path / RAW)
-    assert not mirror, "it was downloaded a second time"
 
 
 def test_who_finds_that_another_host_was_faster_takes_what_is_there(tmp_path, mirror, monkeypatch):
@@ -200,6 +286,7 @@ def test_who_finds_that_another_host_was_faster_takes_what_is_there(tmp_path, mi
 
     slow.mirrors, slow.resources = MNIST.mirrors, MNIST.resources
     monkeypatch.setattr("torchvision.datasets.MNIST", slow)
+    mnist.download(tmp_path / RAW)
     assert mnist.checksums(tmp_path / RAW) == mnist.checksums(ROOT / RAW)
 
 
@@ -209,3 +296,43 @@ def test_a_download_that_fails_is_one_line_with_what_to_do(tmp_path):
     assert log.splitlines()[-1].startswith("mnist.py: cannot download MNIST")
     assert "put its four .gz files in nowhere/MNIST/raw" in log
     assert not list((tmp_path / "nowhere/MNIST").iterdir()), "something half-done was left"
+
+
+class Silent(SimpleHTTPRequestHandler):
+    """A server that takes requests and never answers."""
+
+    def do_GET(self):
+        time.sleep(4)
+
+
+def test_a_server_that_never_answers_is_given_up_with_a_sentence(tmp_path, monkeypatch):
+    with serving(Silent) as address:
+        monkeypatch.setattr(MNIST, "mirrors", [f"{address}/"])
+        begin = time.monotonic()
+        with pytest.raises(OSError, match=r"cannot download MNIST.*timed out"):
+            mnist.download(tmp_path / RAW, patience=1)
+    assert time.monotonic() - begin < 15 and socket.getdefaulttimeout() is None
+    assert not list((tmp_path / RAW).parent.iterdir()), "something half-done was left"
+
+
+WITH_MIRROR = """
+import sys
+import mnist
+from torchvision.datasets import MNIST
+MNIST.mirrors = [sys.argv.pop(1)]
+mnist.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_download_leaves_nothing(tmp_path, number):
+    with serving(Silent) as address:
+        log = tmp_path / "log"
+        command = [sys.executable, "-c", WITH_MIRROR, f"{address}/", "--data-dir", "data"]
+        environment = clean_environment(PYTHONPATH=ROOT, no_proxy="127.0.0.1")
+        with Process(command, log, cwd=tmp_path, env=environment) as process:
+            assert process.until(lambda: list(tmp_path.glob("data/MNIST/*/MNIST")))
+            process.send_signal(number)
+            code, printed = process.end(10)
+    assert code == 1 and printed.splitlines()[-1] == "mnist.py: KeyboardInterrupt"
+    assert not list((tmp_path / "data/MNIST").iterdir())

@@ -49,6 +49,7 @@ def test_a_worker_that_never_appears_is_missed(project):
     for rank, text in enumerate(printed):
         assert f"mnist.py: rank {rank} of 3 (meeting at {master.name}:23456)" in text
         assert "Traceback" not in text
+        assert text.count(f"Waiting for 2 other processes at {master.name}:23456") == 1
     assert "2/3" in printed[0]  # who has come
 
 

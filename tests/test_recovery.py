@@ -1,5 +1,6 @@
 """What a training survives on one machine: signals, damaged files, full disks, bad numbers."""
 
+import errno
 import json
 import os
 import random
@@ -172,9 +173,53 @@ def test_a_launcher_that_is_asked_to_stop_before_training_begins_leaves_with_its
         time.sleep(0.5)  # torchrun does not yet know a process that it is just starting
         family = launcher.family()
         launcher.send_signal(signal.SIGTERM)
-        assert training.end(20) == [143]
-        assert "Traceback" not in training.printed
+        assert training.end(20) == [1]  # not 143: nobody has saved
+        assert "Traceback" not in training.printed and not training.saved()
         assert not psutil.wait_procs(family, timeout=10)[1]
+
+
+FAILS_TO_SAVE = """
+import mnist, os, sys
+write = mnist.write
+def fail(path, *more, **how):
+    if path.name == "checkpoint.pt":
+        raise OSError(f"cannot write {path}: no")
+    write(path, *more, **how)
+mnist.write = fail
+mnist.__file__ = __file__
+mnist.main()
+"""
+
+
+def test_a_launcher_whose_process_fails_to_save_does_not_say_that_all_is_saved(project):
+    (project.folder / "fails.py").write_text(FAILS_TO_SAVE)
+    options = ("fails.py", "--num-processes", 2, *OPTIONS, "--checkpoint-interval", 999)
+    output = project.folder / "fails"
+    command = [sys.executable, *options, "--output-dir", output]
+    environment = clean_environment(OMP_NUM_THREADS=1)
+    with Process(command, project.folder / "fails.log", cwd=project.folder, env=environment) as launcher:
+        assert launcher.until(lambda: launcher.output.count("- Loss: ") > 2)
+        launcher.send_signal(signal.SIGTERM)
+        code, printed = launcher.end(20)
+    assert code == 1 and "checkpoint.pt: no" in printed, printed
+
+
+@pytest.mark.parametrize(("world_size", "launcher"), [(1, ()), (2, IN_TWO), (3, ())])
+def test_a_signal_after_the_last_line_changes_nothing(project, world_size, launcher):
+    expected, lines = project.reference(world_size)
+    name = f"last-{world_size}"
+    with project.training(name, world_size, launcher=launcher) as training:
+        training.start()
+        assert training.processes[0].until(lambda: len(results(training.processes[0].output)) == len(lines))
+        for process in training.processes:
+            process.send_signal(signal.SIGTERM)
+        while any(process.poll() is None for process in training.processes):
+            time.sleep(0.02)
+            for process in training.processes:
+                process.send_signal(signal.SIGTERM)
+        assert set(training.end(20)) == {0}, training.printed
+    assert results(training.processes[0].output) == lines
+    assert weights(training.output) == expected
 
 
 def test_a_terminal_that_hangs_up_does_not_end_what_nohup_started(project):
@@ -235,6 +280,21 @@ def test_local_processes_that_are_all_killed_are_named_with_the_signal(project):
         said = [line for line in training.printed.splitlines() if line.startswith("mnist.py: ")]
         assert len(said) == 1 and re.search(r"process [01] was ended by SIGKILL .*memory", said[0])
         assert "Traceback" not in training.printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_processes_whose_launcher_dies_before_they_listen_leave_at_once(project):
+    with project.training("early orphans", 2, launcher=IN_TWO) as training:
+        launcher = training.start().processes[0]
+        assert launcher.until(lambda: len(launcher.family()) > 2)
+        orphans = launcher.family()[1:]
+        launcher.kill()
+        limit = time.monotonic() + 30  # of which most is the import of PyTorch
+        while any(is_at_work(process) for process in orphans):
+            assert time.monotonic() < limit, f"still at work:\n{launcher.output}"
+            time.sleep(0.05)
+        said = launcher.output.splitlines()
+        assert said == ["mnist.py: the process that has started this one is gone"] * len(said), said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
@@ -359,6 +419,45 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(trainer, output,
     assert {path.name: read(path) for path in output.glob("checkpoint*")} == before
 
 
+def test_where_pytorch_loads_nothing_at_all_no_checkpoint_is_called_damaged(
+    trainer, output, monkeypatch, capfd
+):
+    for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        monkeypatch.setenv(name, "1")
+    before = {path.name: path.read_bytes() for path in output.glob("checkpoint*")}
+    message = refusal(trainer, *OPTIONS, "--resume", "--output-dir", output)
+    assert "TORCH_FORCE" in message and "not a good checkpoint" not in capfd.readouterr().out
+    assert {path.name: path.read_bytes() for path in output.glob("checkpoint*")} == before
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adadelta"])
+def test_a_checkpoint_of_another_device_continues_as_it_would_there(trainer, optimizer, tmp_path):
+    """A Mac's GPU has weights that lie otherwise in memory. Fused SGD does not look how they lie."""
+
+    def steps(net, number):
+        images, labels = (tensor[:60] for tensor in trainer.load_mnist("datasets")[0])
+        net.begin(net.epoch)
+        for _, _ in zip(net.train(images, labels), range(number), strict=False):
+            pass
+
+    settings = trainer.Hyperparameters(batch_size=20, optimizer=optimizer, augment=False)
+    here = trainer.Trainer(settings)
+    steps(here, 3)
+    trainer.save(here, tmp_path)
+    checkpoint = trainer.load_checkpoint(tmp_path)
+    contiguous = lambda value: value.contiguous() if torch.is_tensor(value) else value  # noqa: E731
+    for part in ("model", "averaged_model"):
+        checkpoint[part] = {name: contiguous(value) for name, value in checkpoint[part].items()}
+    state = checkpoint["optimizer"]["state"]
+    for number in state:
+        state[number] = {name: contiguous(value) for name, value in state[number].items()}
+    there = trainer.Trainer(settings)
+    trainer.resume(there, checkpoint)
+    for net in (here, there):
+        steps(net, 3)
+    assert fingerprint(there.model.state_dict()) == fingerprint(here.model.state_dict())
+
+
 def test_a_checkpoint_of_another_model_is_one_sentence(trainer, output):
     for path in output.glob("checkpoint*.pt"):
         checkpoint = torch.load(path, weights_only=True)
@@ -394,6 +493,44 @@ def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(project, small
         after = results(printed)
         assert len(before) + len(after) == len(lines) + 5  # those between the last save and the end
         assert weights(training.output) == expected
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_fsync_is_written_to(trainer, tmp_path, monkeypatch, number):
+    def fsync(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    trainer.write(tmp_path / "file", b"written")
+    assert (tmp_path / "file").read_bytes() == b"written"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_the_first_reason_why_nothing_is_written_is_told(trainer, tmp_path, monkeypatch, number):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    def gone(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    (tmp_path / "file").write_bytes(b"before")
+    monkeypatch.setattr(os, "fsync", lambda _: monkeypatch.setattr(Path, "unlink", gone) or fail())
+    with pytest.raises(OSError, match=f"cannot write .*file: {os.strerror(number)}"):
+        trainer.write(tmp_path / "file", b"after")
+    assert (tmp_path / "file").read_bytes() == b"before"
+
+
+def test_memory_that_lacks_in_evaluation_names_its_flag(trainer, tmp_path, monkeypatch):
+    forward = trainer.Net.forward
+
+    def lacking(net, images):
+        if not net.training:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")
+        return forward(net, images)
+
+    monkeypatch.setattr(trainer.Net, "forward", lacking)
+    message = refusal(trainer, *OPTIONS, "--output-dir", tmp_path)
+    assert "memory does not suffice, try a smaller --test-batch-size" in message
 
 
 def test_a_read_only_output_folder_is_one_sentence(trainer, small_disk):
@@ -499,6 +636,21 @@ def test_other_hyperparameters_are_refused_by_name(trainer, output, name, then, 
     message = refusal(trainer, *OPTIONS, option, now, "--resume", "--output-dir", output)
     assert all(str(word) in message for word in (name, then, now))
     assert weights(output) == before
+
+
+@pytest.mark.parametrize(("flags", "precision"), [((), "bfloat16"), (("--no-bf16",), "float32")])
+def test_a_resumed_run_keeps_its_precision_unless_told_otherwise(
+    trainer, tmp_path, monkeypatch, capfd, flags, precision
+):
+    """Also on a machine that does not multiply bfloat16 natively."""
+    options = (*OPTIONS, "--output-dir", tmp_path, "--resume")
+    trainer.main([str(word) for word in (*options, "--epochs", 1, "--bf16")])
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict, raising=False)
+    trainer.main([str(word) for word in (*options, *flags)])
+    first, second = (line for line in capfd.readouterr().out.splitlines() if line.startswith("Started "))
+    assert first.endswith(", bfloat16") and second.endswith(f", {precision}")
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["hyperparameters"]["bf16"] == (precision == "bfloat16")
 
 
 def test_more_epochs_than_before_are_those_of_one_longer_training(project):

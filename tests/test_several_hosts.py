@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shlex
 import subprocess
+import sys
 
 import pytest
 import torch
 
 from tests.rig.hosts import Host, PyTorchJob, end, ip
+from tests.rig.processes import clean_environment
 from tests.rig.training import OPTIONS, TEST, Project, results, trainer_of, weights
 
 TORCHRUN = ("-m", "torch.distributed.run")
@@ -65,6 +68,33 @@ def test_a_pod_finds_what_the_operator_gives_it_and_nothing_of_this_machine(tmp_
             "PET_NNODES": "3",
             "OMP_NUM_THREADS": "1",  # as the manifest has it
         }
+
+
+def in_a_namespace(folder, commands, *flags, **changes):
+    """Run `mnist.py` in two processes in a network namespace, after shell commands. Returns (code, output)."""
+    trainer = shlex.join([sys.executable, "mnist.py", "--num-processes", "2", "--dry-run", *flags])
+    words = ["unshare", "--net", "--mount", "sh", "-ec", f"{commands}\n{trainer}"]
+    environment = clean_environment(OMP_NUM_THREADS=1, **changes)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(words, cwd=folder, env=environment, timeout=120, **options)
+    return done.returncode, done.stdout
+
+
+def test_a_machine_that_does_not_reach_itself_is_told_so_at_once(small):
+    code, log = in_a_namespace(small, "true")  # its loopback is down
+    assert (code, log) == (
+        1,
+        "mnist.py: processes cannot meet at localhost: [Errno 101] Network is unreachable\n",
+    )
+
+
+def test_processes_also_meet_where_loopback_has_no_ipv4_and_under_pytorchs_own_debugging(small, tmp_path):
+    (tmp_path / "hosts").write_text("::1 localhost\n")
+    commands = (
+        f"ip link set lo up; ip address delete 127.0.0.1/8 dev lo; mount --bind {tmp_path}/hosts /etc/hosts"
+    )
+    code, log = in_a_namespace(small, commands, TORCH_DISTRIBUTED_DEBUG="DETAIL")
+    assert code == 0 and "rank 0 of 2" in log and "Test accuracy" in log, log
 
 
 def test_nothing_of_a_job_is_left_even_after_a_failure(tmp_path):

@@ -15,7 +15,7 @@ from torchvision.transforms.functional import affine
 
 import mnist
 from tests.rig.processes import clean_environment, run
-from tests.rig.project import ROOT
+from tests.rig.project import ROOT, make_small_project
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +103,8 @@ PARTS = re.split(r"(?m)^(?=# --- (?!The model))", SOURCE)
 
 def test_the_file_has_eight_parts_and_neither_they_nor_their_functions_are_long():
     lengths = [part.count("\n") for part in PARTS]
-    assert len(PARTS) == 8 and sum(lengths) < 720 and max(lengths) <= 120
-    assert sum(lengths[:3]) <= 300, "the heart, after which a reader may stop"
+    assert len(PARTS) == 8 and sum(lengths) < 850 and max(lengths) <= 145
+    assert sum(lengths[:3]) <= 295, "the heart, after which a reader may stop"
     functions = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.FunctionDef)]
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
     del lengths["parse_arguments"]  # a flag a line
@@ -309,11 +309,42 @@ def test_the_model_and_its_average_are_both_kept(trained):
 
 
 def test_bfloat16_learns_as_well(trained, small):
-    _, output = trained
-    assert run(small, "mnist.py", "--epochs", 2, "--bf16")[0] == 0
+    log, output = trained
+    other = ("--bf16", "--no-bf16")["bfloat16" in log.splitlines()[0]]
+    assert run(small, "mnist.py", "--epochs", 2, other)[0] == 0
     assert all(weight.dtype == torch.float32 for weight in weights(small / "output").values())
     assert not same(weights(small / "output"), weights(output))
     assert abs(metrics(small / "output")[-1]["accuracy"] - metrics(output)[-1]["accuracy"]) < 0.03
+
+
+BEFORE = {"hyperparameters": {"bf16": True}}
+
+
+@pytest.mark.parametrize(
+    "able, device, asked, checkpoint, expected",
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, "cpu", None, None, True),
+        ({"amx_bf16": False, "avx512_bf16": True}, "cpu", None, None, True),
+        ({"neon": True, "bf16": True}, "cpu", None, None, True),  # ARM
+        ({"avx2": True, "amx_bf16": False, "avx512_bf16": False}, "cpu", None, None, False),
+        ({"avx512_bf16": True}, "cpu", False, BEFORE, False),
+        ({"avx512_bf16": True}, "mps", None, None, False),
+        ({}, "cpu", None, BEFORE, True),
+        ({}, "cpu", True, None, True),
+    ],
+)
+def test_a_cpu_that_multiplies_bfloat16_natively_does_unless_told_otherwise(
+    monkeypatch, able, device, asked, checkpoint, expected
+):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: able, raising=False)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
+    assert mnist.choose_bf16(torch.device(device), asked, checkpoint) is expected
+
+
+def test_a_gpu_without_bfloat16_says_so(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: False)
+    with pytest.raises(ValueError, match="--no-bf16"):
+        mnist.choose_bf16(torch.device("cuda"), True, None)
 
 
 # --- the log
@@ -430,22 +461,29 @@ def test_figures_are_those_of_one_process_with_the_same_weights(trained_by_two, 
     assert metrics(output)[0]["test_loss"] == pytest.approx(loss, abs=1e-6)
 
 
-def test_one_step_of_two_processes_is_one_step_of_a_single_one_with_their_batches_together(small):
-    """Dropout's random numbers differ from process to process, so this is shown without dropout."""
-    source = (small / "mnist.py").read_text()
+def test_steps_of_two_processes_are_those_of_a_single_one_with_their_batches_together(tmp_path):
+    """Dropout's random numbers differ from process to process, so this is shown without dropout.
+
+    Processors add up in different orders, so what is compared is how far the weights differ beside how far
+    they have come. Rounding gives 1e-5 of it; a share or a scale that is wrong, more than a tenth.
+    """
+    project = make_small_project(tmp_path / "project", train=131, test=10)  # the last shares: 2 and 1
+    source = (project / "mnist.py").read_text()
     assert source.count("nn.Dropout(0.1)") == 1
-    (small / "mnist.py").write_text(source.replace("nn.Dropout(0.1)", "nn.Identity()"))
+    (project / "mnist.py").write_text(source.replace("nn.Dropout(0.1)", "nn.Identity()"))
     for folder, flags in {
         "one": ["--batch-size", 64],
         "two": ["--batch-size", 32, "--num-processes", 2],
     }.items():
-        # Short steps, for in long ones the last digits of a sum grow into differences.
-        flags += ["--epochs", 1, "--lr", 0.01, "--momentum", 0.5, "--output-dir", folder]
-        code, log = run(small, "mnist.py", *flags, OMP_NUM_THREADS=1)
+        flags += ["--epochs", 1, "--no-bf16", "--output-dir", folder]
+        code, log = run(project, "mnist.py", *flags, OMP_NUM_THREADS=1)
         assert code == 0, log
-    one, two = weights(small / "one"), weights(small / "two")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+    start = mnist.Trainer(mnist.Hyperparameters()).model.state_dict()
+    one, two = (
+        torch.load(project / name / "checkpoint.pt", weights_only=True)["model"] for name in ("one", "two")
+    )
+    for name in start:
+        assert (one[name] - two[name]).norm() < 1e-3 * (one[name] - start[name]).norm(), name
 
 
 class Share(mnist.Job):
