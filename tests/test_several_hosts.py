@@ -71,7 +71,7 @@ def test_a_pod_finds_what_the_operator_gives_it_and_nothing_of_this_machine(tmp_
 
 
 def in_a_namespace(folder, commands, *flags, **changes):
-    """Run `mnist.py` in two processes in a network namespace, after shell commands. Returns (code, output)."""
+    """Run `mnist.py` in two processes of a network namespace, after commands. Returns (code, output)."""
     trainer = shlex.join([sys.executable, "mnist.py", "--num-processes", "2", "--dry-run", *flags])
     words = ["unshare", "--net", "--mount", "sh", "-ec", f"{commands}\n{trainer}"]
     environment = clean_environment(OMP_NUM_THREADS=1, **changes)
