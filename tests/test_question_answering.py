@@ -296,35 +296,32 @@ def test_a_signal_while_it_is_measured_loses_no_figure(tiny, trained, epoch):
     assert weights(output) == weights(trained["llama"][1])
 
 
-def test_a_new_training_takes_the_place_of_the_old_one_from_its_start(tiny, trained):
+def test_a_new_training_takes_the_place_of_the_old_one_from_its_start(main, tiny, trained):
     output = shutil.copytree(trained["llama"][1], tiny / "again")
     flags = ("--model", "llama", "--output-dir", "again", "--epochs", 1, "--seed", 7)
     code, _ = interrupted(tiny, 1, *flags)  # before it trains, a signal ends it at once
     assert code == -signal.SIGTERM
     assert not list(output.glob("checkpoint-*"))  # which --resume would go on from
-    code, log = train(tiny, *flags, "--resume")
+    code, log = main(*TRAIN[1:], *flags, "--resume")
     assert code == 0 and "No checkpoint in again yet: starting afresh" in log, log
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-10"]
     assert len(metrics(output)) == 2
-    code, log = train(tiny, *flags, "--seed", 1, "--output-dir", "again-1")
+    code, log = main(*TRAIN[1:], *flags, "--seed", 1, "--output-dir", "again-1")
     assert code == 0, log
     assert weights(output) != weights(tiny / "again-1")
 
 
-def test_resuming_a_finished_training_changes_nothing(tiny, trained):
+def test_resuming_a_finished_training_changes_nothing(main, tiny, trained):
     output = shutil.copytree(trained["llama"][1], tiny / "finished")
-    code, log = train(tiny, "--model", "llama", "--output-dir", "finished", "--resume")
+    code, log = main(*TRAIN[1:], "--model", "llama", "--output-dir", "finished", "--resume")
     assert code == 0 and "Epoch" not in log, log
     assert metrics(output) == metrics(trained["llama"][1])
     assert weights(output) == weights(trained["llama"][1])
 
 
-def test_a_question_of_ones_own_is_answered_in_one_line(tiny, trained):
-    code, log = run(
-        tiny, FOLDER / "train.py", "--output-dir", "llama-whole", "--ask", "What runs a container?",
-        "--context", "A container is a program.", **ONE_THREAD,
-    )  # fmt: skip
-    assert (code, log) == (0, "Docker\n")
+def test_a_question_of_ones_own_is_answered_in_one_line(main, trained):
+    asked = ("--ask", "What runs a container?", "--context", "A container is a program.")
+    assert main("--output-dir", "llama-whole", *asked) == (0, "Docker\n")
 
 
 # --- the model that is kept
@@ -623,10 +620,8 @@ def test_a_checkpoint_of_another_run_is_refused(main, trained):
     )
 
 
-def test_a_loss_that_is_no_number_ends_the_training(tiny):
-    code, log = train(tiny, "--model", "llama", "--output-dir", "nan", "--lr", 1e30)
-    assert code == 1
-    assert log.splitlines()[-1] == "train.py: the loss is nan: try a smaller --lr"
+def test_a_loss_that_is_no_number_ends_the_training(main):
+    assert main("--model", "llama", "--lr", 1e30) == (1, "train.py: the loss is nan: try a smaller --lr")
 
 
 # --- the real thing
