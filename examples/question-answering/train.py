@@ -207,8 +207,7 @@ def train(args):
     """Fine-tune a model, measure it after each epoch, and save it. Raises OSError, ValueError and others."""
     training, validation = (read(Path(args.data_dir, name)) for name in ("train.jsonl", "validation.jsonl"))
     (folder := Path(args.output_dir)).mkdir(parents=True, exist_ok=True)
-    result = (folder / "model").resolve()
-    if Path(args.model).resolve() == result:
+    if Path(args.model).resolve() == (result := (folder / "model").resolve()):
         raise ValueError(f"this training replaces its own --model {args.model}: choose another --output-dir")
     say(f"Loading {args.model}")
     transformers.set_seed(args.seed)  # for weights that a model lacks
