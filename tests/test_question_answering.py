@@ -19,6 +19,7 @@ from tests.rig.project import ROOT
 
 FOLDER = ROOT / "examples" / "question-answering"
 FILES = ("train.jsonl", "validation.jsonl")
+QUESTION = "Что такое контейнер?"
 ONE_THREAD = {"OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1}
 # Six epochs of ten steps: long enough to be stopped in the middle, and three answers of four become right.
 TRAIN = (FOLDER / "train.py", "--epochs", 6, "--batch-size", 4, "--lr", 1e-2)
@@ -104,7 +105,7 @@ def test_the_page_says_how_far_one_gets_without_reading():
 
 
 def test_the_trainer_is_short_and_its_pins_are_the_projects_own():
-    assert len((FOLDER / "train.py").read_text().splitlines()) <= 250
+    assert len((FOLDER / "train.py").read_text().splitlines()) <= 290
     theirs, ours = ((folder / "requirements.txt").read_text() for folder in (FOLDER, ROOT))
     pins = re.compile(r"^(?:torch|numpy|filelock|packaging)==.*", re.MULTILINE)
     assert set(pins.findall(theirs)) <= set(pins.findall(ours))
@@ -116,10 +117,19 @@ def test_the_trainer_is_short_and_its_pins_are_the_projects_own():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A project of 40 + 12 questions, with untrained models of both kinds in llama/ and t5/."""
+    """A project of 40 + 12 questions, and untrained models: llama, t5; gpt2, bart with few positions."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
+    from transformers import (
+        BartConfig,
+        BartForConditionalGeneration,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        T5Config,
+    )
     from transformers import T5ForConditionalGeneration as T5
 
     folder = tmp_path_factory.mktemp("tiny")
@@ -128,6 +138,7 @@ def tiny(tmp_path_factory):
         few = questions(name)[:count]
         for number, question in enumerate(few):  # so even a tiny model gets some right
             question |= {"context": question["context"][:60]} | ({"answer": "Docker"} if number % 4 else {})
+        few[3]["question"] = QUESTION
         (folder / "data" / name).write_text("".join(json.dumps(question) + "\n" for question in few))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -144,11 +155,56 @@ def tiny(tmp_path_factory):
     llama = LlamaForCausalLM(LlamaConfig(**size, **shape, bos_token_id=None))
     shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
     t5 = T5(T5Config(**size, **shape, decoder_start_token_id=0))
-    for model, name in ((llama, "llama"), (t5, "t5")):
+    size |= {"bos_token_id": None}
+    gpt2 = GPT2LMHeadModel(GPT2Config(**size, n_embd=32, n_layer=1, n_head=4, n_positions=128))
+    shape = {"layers": 1, "attention_heads": 4, "ffn_dim": 64}
+    shape = {f"{part}_{name}": shape[name] for name in shape for part in ("encoder", "decoder")}
+    shape |= {"d_model": 32, "max_position_embeddings": 128}
+    bart = BartForConditionalGeneration(BartConfig(**size | shape, decoder_start_token_id=0))
+    for model, name in ((llama, "llama"), (t5, "t5"), (gpt2, "gpt2"), (bart, "bart")):
         model.save_pretrained(folder / name)
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
         fast.save_pretrained(folder / name)
     return folder
+
+
+@pytest.fixture
+def trainer(tiny, monkeypatch):
+    """The trainer as a module, in the folder of the tiny project."""
+    import torch
+
+    monkeypatch.chdir(tiny)
+    monkeypatch.syspath_prepend(FOLDER)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    # pytest can import from the project's folder, so datasets/ looks like the package of this name.
+    monkeypatch.setattr("transformers.trainer.is_datasets_available", lambda: False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield importlib.import_module("train")
+    torch.set_num_threads(threads)
+    logging.disable(logging.NOTSET)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def main(trainer, tmp_path, monkeypatch, capsys):
+    """Return a function that calls the trainer with flags, and returns the exit code and what it says."""
+
+    def main(*flags):
+        arguments = ["train.py", "--output-dir", tmp_path / "output", *flags]
+        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+        code = 0
+        try:
+            trainer.main()
+        except SystemExit as exit:
+            code = exit.code
+        written = "".join(capsys.readouterr())
+        return (code, written) if isinstance(code, int) else (1, code)
+
+    return main
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +213,7 @@ def trained(tiny):
     results = {}
     for kind in ("llama", "t5"):
         (tiny / f"{kind}-whole" / "model.tmp").mkdir(parents=True)  # as a killed run would leave it
-        code, log = train(tiny, "--model", kind, "--output-dir", f"{kind}-whole")
+        code, log = train(tiny, "--model", kind, "--output-dir", f"{kind}-whole", PYTHONIOENCODING="ascii")
         assert code == 0, log
         results[kind] = log, tiny / f"{kind}-whole"
     return results
@@ -171,9 +227,10 @@ def test_a_training_leaves_figures_of_each_epoch_a_checkpoint_and_a_model(traine
     assert [line["epoch"] for line in lines] == list(range(7))
     assert lines[0]["f1"] < 20 < lines[-1]["exact_match"] <= lines[-1]["f1"] <= 100
     for line in lines:
-        assert f"Epoch {line['epoch']}: exact match {line['exact_match']:.0f} %, F1 {line['f1']:.0f}\n" in log
+        assert f"Epoch {line['epoch']}: exact match {line['exact_match']:.0f} %, F1 {line['f1']:.0f}" in log
     assert len(log.splitlines()) == 2 + 7 + 4
     assert all("(expected: " in line for line in log.splitlines()[-4:])
+    assert f"\n{re.sub('[^ ?]', '?', QUESTION)} " in log  # for letters that the terminal does not have
     assert {path.stat().st_mode & 0o777 for path in (output / "model").iterdir()} == {0o644}
     assert json.loads((output / "model" / "config.json").read_text())["use_cache"]
 
@@ -188,13 +245,20 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(tiny, trained, kind):
     assert code == 143, log
     assert log.endswith("Stopped by a signal. --resume goes on from the checkpoint\n")
     output = tiny / f"{kind}-stopped"
-    assert not (output / "model").exists()
-    # What a kill leaves of later checkpoints is passed over.
-    (output / "checkpoint-58").mkdir()
-    (output / "checkpoint-59").mkdir()
-    (output / "checkpoint-59" / "trainer_state.json").write_text('{"epoch": 5.9,\n')
-    code, log = train(tiny, *flags, "--resume")
-    assert code == 0 and "Resuming from" in log, log
+    (stopped,) = output.glob("checkpoint-*")
+    # What a kill leaves of later checkpoints is passed over, and so is what is none.
+    for number, state in (("58", None), ("59", '{"epoch": 5.9,\n'), ("60", "{}"), ("61", "[]")):
+        (output / f"checkpoint-{number}").mkdir()
+        if state:
+            (output / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
+    foreign = {"checkpoint-foo", "checkpoint-", "checkpoint-61-old", "checkpoint-62"}
+    for name in foreign - {"checkpoint-62"}:
+        (output / name).mkdir()
+    (output / "checkpoint-62").touch()  # no folder
+    shutil.copytree(tiny / kind, tiny / "elsewhere" / f"my-{kind}")
+    code, log = train(tiny, *flags, "--resume", "--model", tiny / "elsewhere" / f"my-{kind}")
+    assert code == 0 and f"Resuming from {kind}-stopped/{stopped.name}\n" in log, log
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-60"} | foreign
     assert weights(output) == weights(trained[kind][1])
     assert metrics(output) == metrics(trained[kind][1])
 
@@ -232,35 +296,108 @@ def test_a_signal_while_it_is_measured_loses_no_figure(tiny, trained, epoch):
     assert weights(output) == weights(trained["llama"][1])
 
 
-def test_a_new_training_takes_the_place_of_the_old_one_from_its_start(tiny, trained):
+def test_a_new_training_takes_the_place_of_the_old_one_from_its_start(main, tiny, trained):
     output = shutil.copytree(trained["llama"][1], tiny / "again")
     flags = ("--model", "llama", "--output-dir", "again", "--epochs", 1, "--seed", 7)
     code, _ = interrupted(tiny, 1, *flags)  # before it trains, a signal ends it at once
     assert code == -signal.SIGTERM
     assert not list(output.glob("checkpoint-*"))  # which --resume would go on from
-    code, log = train(tiny, *flags, "--resume")
+    code, log = main(*TRAIN[1:], *flags, "--resume")
     assert code == 0 and "No checkpoint in again yet: starting afresh" in log, log
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-10"]
     assert len(metrics(output)) == 2
-    code, log = train(tiny, *flags, "--seed", 1, "--output-dir", "again-1")
+    code, log = main(*TRAIN[1:], *flags, "--seed", 1, "--output-dir", "again-1")
     assert code == 0, log
     assert weights(output) != weights(tiny / "again-1")
 
 
-def test_resuming_a_finished_training_changes_nothing(tiny, trained):
+def test_resuming_a_finished_training_changes_nothing(main, tiny, trained):
     output = shutil.copytree(trained["llama"][1], tiny / "finished")
-    code, log = train(tiny, "--model", "llama", "--output-dir", "finished", "--resume")
+    code, log = main(*TRAIN[1:], "--model", "llama", "--output-dir", "finished", "--resume")
     assert code == 0 and "Epoch" not in log, log
     assert metrics(output) == metrics(trained["llama"][1])
     assert weights(output) == weights(trained["llama"][1])
 
 
-def test_a_question_of_ones_own_is_answered_in_one_line(tiny, trained):
-    code, log = run(
-        tiny, FOLDER / "train.py", "--output-dir", "llama-whole", "--ask", "What runs a container?",
-        "--context", "A container is a program.", **ONE_THREAD,
-    )  # fmt: skip
-    assert (code, log) == (0, "Docker\n")
+def test_a_question_of_ones_own_is_answered_in_one_line(main, trained):
+    asked = ("--ask", "What runs a container?", "--context", "A container is a program.")
+    assert main("--output-dir", "llama-whole", *asked) == (0, "Docker\n")
+
+
+# --- the model that is kept
+
+
+def test_the_model_of_the_best_epoch_is_kept_also_if_the_training_is_resumed(
+    trainer, main, tmp_path, monkeypatch
+):
+    from torch import tensor
+
+    def measure(*_):
+        f1 = planned.pop(0)
+        if len(planned) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"exact_match": tensor(0.0), "f1": tensor(f1)}
+
+    planned = [10.0, 65.0, 65.0, 60.0, 64.0, 40.0]  # of the equal ones, the later is better trained
+    output, kept = tmp_path / "output", []
+    monkeypatch.setattr(trainer, "squad", measure)
+    monkeypatch.setattr(trainer, "LONGEST", 2)
+    # So no older checkpoint is deleted, and they can be compared.
+    monkeypatch.setattr(trainer, "checkpoints", lambda folder, real=trainer.checkpoints: real(folder)[:1])
+    code, log = main("--model", "llama", "--epochs", 5)
+    assert code == 143, log
+    kept += re.findall(r"Epoch (\d).*\(kept\)\n", log)
+    code, log = main("--model", "llama", "--epochs", 5, "--resume")
+    assert code == 0
+    kept += re.findall(r"Epoch (\d).*\(kept\)\n", log)
+    assert kept == ["0", "1", "2"]
+    assert weights(output) == (output / "checkpoint-10" / "model.safetensors").read_bytes()
+    assert weights(output) != (output / "checkpoint-25" / "model.safetensors").read_bytes()
+
+
+def test_at_whatever_instant_saving_is_killed_there_is_a_whole_model(trainer, main, tmp_path, monkeypatch):
+    import torch
+
+    class Kill(BaseException):
+        pass
+
+    def until_killed(step):
+        def wrapped(*arguments, **options):
+            nonlocal steps
+            if (steps := steps - 1) < 0:
+                raise Kill
+            return step(*arguments, **options)
+
+        return wrapped
+
+    folder = tmp_path / "output" / "model"
+    old, tokenizer = trainer.load("llama")
+    new, _ = trainer.load("llama")
+    torch.nn.init.zeros_(new.lm_head.weight)
+    seen = set()
+    for survived in range(20):
+        trainer.save(old, tokenizer, folder)
+        steps = survived
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", until_killed(os.replace))
+            patch.setattr(shutil, "rmtree", until_killed(shutil.rmtree))
+            try:
+                trainer.save(new, tokenizer, folder)
+            except Kill:
+                found, _ = trainer.load(folder)
+                seen.add((folder.exists(), bool(found.lm_head.weight.any())))
+                assert folder.exists() or main("--ask", "What?", "--context", "This.")[0] == 0
+            else:
+                break
+    assert seen >= {(True, True), (False, True), (True, False)}
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    assert not trainer.load(folder)[0].lm_head.weight.any()
+
+
+def test_a_training_does_not_replace_the_model_that_it_starts_from(main, tiny, tmp_path):
+    shutil.copytree(tiny / "llama", tmp_path / "output" / "model")
+    code, sentence = main("--model", tmp_path / "output/../output/model")
+    assert code == 1 and sentence.endswith("/output/model: choose another --output-dir")
 
 
 # --- several processes
@@ -349,27 +486,6 @@ def test_every_command_of_the_guide_works_with_this_trainer(engine, tiny):
 # --- what is refused
 
 
-@pytest.fixture
-def refuse(tiny, tmp_path, monkeypatch, capsys):
-    """Return a function that returns the exit code and what the trainer says to some flags."""
-    monkeypatch.chdir(tiny)
-    monkeypatch.syspath_prepend(FOLDER)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    trainer = importlib.import_module("train")
-
-    def refuse(*flags):
-        arguments = ["train.py", "--output-dir", tmp_path / "output", *flags]
-        monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
-        with pytest.raises(SystemExit) as exit:
-            trainer.main()
-        written = capsys.readouterr().err
-        return (exit.value.code, written) if isinstance(exit.value.code, int) else (1, exit.value.code)
-
-    yield refuse
-    logging.disable(logging.NOTSET)
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -378,8 +494,8 @@ def refuse(tiny, tmp_path, monkeypatch, capsys):
         "--ask= --context=",
     ],
 )  # fmt: skip
-def test_a_wrong_command_line_is_refused_with_code_2(refuse, flags):
-    code, sentence = refuse(*flags.split())
+def test_a_wrong_command_line_is_refused_with_code_2(main, flags):
+    code, sentence = main(*flags.split())
     assert code == 2
     assert sentence.splitlines()[-1].startswith("train.py: error: ")
 
@@ -390,28 +506,69 @@ LINES = {
     '{"context": "A text", "question": "What?", "answer": 7}': "line 7 is not an object of texts in JSON",
     '{"context": "A text", "question": ': "line 7 is not an object of texts in JSON",
     '["A text", "What?", "this"]': "line 7 is not an object of texts in JSON",
+    '{"context": "\\ud800", "question": "Is", "answer": "this"}': "line 7 is not an object of texts in JSON",
     "": "line 7 is not an object of texts in JSON",
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("line", LINES)
-def test_a_bad_line_is_named(refuse, tiny, tmp_path, name, line):
+def test_a_bad_line_is_named(main, tiny, tmp_path, name, line):
     data = shutil.copytree(tiny / "data", tmp_path / "data")
     lines = (data / name).read_text().splitlines()
     (data / name).write_text("\n".join([*lines[:6], line, *lines[6:]]))
-    code, sentence = refuse("--data-dir", data)
+    code, sentence = main("--data-dir", data)
     assert (code, len(sentence.splitlines())) == (1, 1)
     assert sentence.startswith(f"train.py: {data / name}, {LINES[line]}")
 
 
-def test_a_missing_or_empty_file_is_named(refuse, tiny, tmp_path):
-    assert refuse("--data-dir", "nowhere") == (
+def test_a_missing_or_empty_file_is_named(main, tiny, tmp_path):
+    assert main("--data-dir", "nowhere") == (
         1, "train.py: [Errno 2] No such file or directory: 'nowhere/train.jsonl'"
     )  # fmt: skip
     data = shutil.copytree(tiny / "data", tmp_path / "data")
     (data / FILES[1]).write_text("")
-    assert refuse("--data-dir", data)[1].startswith(f"train.py: {data / FILES[1]} is empty")
+    assert main("--data-dir", data)[1].startswith(f"train.py: {data / FILES[1]} is empty")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+def test_a_text_that_is_longer_than_a_model_can_read_is_named_before_it_trains(main, tiny, tmp_path, kind):
+    shutil.copytree(tiny / kind, tmp_path / "output" / "model")
+    said = r"%s is too long: \d{4} tokens, and the model takes 128"
+    for field, name in zip(("context", "question"), FILES, strict=True):
+        data = shutil.copytree(tiny / "data", tmp_path / name)
+        lines = (data / name).read_text().splitlines()
+        lines[6] = json.dumps(json.loads(lines[6]) | {field: "word " * 1000})
+        (data / name).write_text("\n".join(lines))
+        code, sentence = main("--model", kind, "--data-dir", data)
+        assert code == 1 and re.fullmatch("train.py: " + said % f"{data / name}, line 7", sentence), sentence
+    code, sentence = main("--ask", "What?", "--context", "word " * 1000)
+    assert code == 1 and re.fullmatch("train.py: " + said % "--context", sentence), sentence
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+@pytest.mark.parametrize("field", ["context", "answer"])
+def test_a_text_as_long_as_a_model_can_read_is_learned_and_answered(trainer, monkeypatch, kind, field):
+    import torch
+
+    monkeypatch.setattr(trainer, "LONGEST", 4)
+    model, tokenizer = trainer.load(kind)
+    question = {"context": "a", "question": "What?", "answer": "a", "source": "it"}
+    with pytest.raises(ValueError) as refused:
+        trainer.encode(question | {field: "a" + " a" * 127}, model, tokenizer)
+    spare = 127 + 128 - int(re.search(r"\d+", str(refused.value))[0])
+    with pytest.raises(ValueError, match="it is too long: 129 tokens, and the model takes 128"):
+        trainer.encode(question | {field: "a" + " a" * (spare + 1)}, model, tokenizer)
+    question[field] += " a" * spare
+    tokens = trainer.encode(question, model, tokenizer)
+    assert len(trainer.answer([question], model, tokenizer)) == 1
+    assert model(**{name: torch.tensor([ids]) for name, ids in tokens.items()}).loss > 0
+
+
+def test_a_model_without_positions_reads_texts_of_any_length(trainer):
+    model, tokenizer = trainer.load("t5")
+    question = {"context": "word " * 1000, "question": "What?", "answer": "word", "source": "it"}
+    assert len(trainer.encode(question, model, tokenizer)["input_ids"]) > 1000
 
 
 def damaged(tiny, tmp_path, how):
@@ -429,9 +586,9 @@ def damaged(tiny, tmp_path, how):
 
 
 @pytest.mark.parametrize("how", ["empty", "cut off", "without a tokenizer"])
-def test_a_folder_without_a_good_model_is_named(refuse, tiny, tmp_path, how):
+def test_a_folder_without_a_good_model_is_named(main, tiny, tmp_path, how):
     folder = damaged(tiny, tmp_path, how)
-    code, sentence = refuse("--model", folder)
+    code, sentence = main("--model", folder)
     assert (code, len(sentence.splitlines())) == (1, 1)
     assert sentence.startswith(f"train.py: cannot load the model {folder}: ")
 
@@ -442,24 +599,29 @@ def test_where_no_hub_is_reached_the_default_model_is_named_and_what_to_do(tiny,
     assert "\ntrain.py: cannot load the model google/flan-t5-small: " in log and "(--model DIR)" in log
 
 
-def test_an_untrained_model_is_neither_asked_nor_looked_for_on_the_hub(refuse, tmp_path, monkeypatch):
+def test_an_untrained_model_is_neither_asked_nor_looked_for_on_the_hub(main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, sentence = refuse("--output-dir", "output", "--ask", "What?", "--context", "This.")
+    code, sentence = main("--output-dir", "output", "--ask", "What?", "--context", "This.")
     assert code == 1
     assert sentence.startswith(f"train.py: cannot load the model {tmp_path / 'output' / 'model'}: ")
 
 
-def test_a_checkpoint_of_another_run_is_refused(refuse, trained):
-    code, sentence = refuse("--model", "llama", "--output-dir", trained["llama"][1], "--resume", "--seed", 7)
+def test_a_checkpoint_of_another_run_is_refused(main, trained):
+    flags = ("--output-dir", trained["llama"][1], "--resume")
+    code, sentence = main("--model", "llama", *flags, "--seed", 7)
     assert code == 1
     assert "checkpoint-60 is of another run, with epochs 6, not 3, batch_size 4, not 8" in sentence
     assert sentence.endswith("seed 1, not 7")
-
-
-def test_a_loss_that_is_no_number_ends_the_training(tiny):
-    code, log = train(tiny, "--model", "llama", "--output-dir", "nan", "--lr", 1e30)
+    same = ("--epochs", 6, "--batch-size", 4, "--lr", 1e-2)
+    code, sentence = main("--model", "llama-whole/../t5-whole/model", *flags, *same)
     assert code == 1
-    assert log.splitlines()[-1] == "train.py: the loss is nan: try a smaller --lr"
+    assert re.search(
+        "another run, with model llama [0-9a-f]{8}, not llama-whole/../t5-whole/model [0-9a-f]{8}$", sentence
+    )
+
+
+def test_a_loss_that_is_no_number_ends_the_training(main):
+    assert main("--model", "llama", "--lr", 1e30) == (1, "train.py: the loss is nan: try a smaller --lr")
 
 
 # --- the real thing

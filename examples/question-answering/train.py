@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -28,22 +29,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 FIELDS = ("context", "question", "answer")
 PROMPT = "{context}\nQuestion: {question}\nAnswer:"
+LONGEST = 32  # tokens in an answer of the model
 MAIN = os.environ.get("RANK", "0") == "0"  # if there are several processes, only this one prints and writes
 say = tqdm.write if MAIN else lambda line: None  # above the progress bar, if there is one
 
 
 def read(path):
-    """Return the questions in a file of JSON lines, as dicts with FIELDS. Raises OSError or ValueError."""
+    """Read questions from JSON lines. Returns dicts of FIELDS and "source". Raises OSError, ValueError."""
     questions = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             question = json.loads(line)
-            missing = [field for field in FIELDS if not question.get(field, "").strip()]
+            missing = [field for field in FIELDS if not question.get(field, "").encode().strip()]
         except (AttributeError, ValueError) as error:
             raise ValueError(f"{path}, line {number} is not an object of texts in JSON ({error})") from error
         if missing:
             raise ValueError(f"{path}, line {number} has no {missing[0]}")
-        questions.append(question)
+        questions.append(question | {"source": f"{path}, line {number}"})
     if not questions:
         raise ValueError(f"{path} is empty: it needs lines with {', '.join(FIELDS)}")
     return questions
@@ -52,6 +54,8 @@ def read(path):
 def load(name):
     """Return a model in float32 and its tokenizer, from a folder or the hub. Raises OSError."""
     try:
+        if not Path(name).exists() and Path(f"{name}.old").exists():  # `save` was killed between its renames
+            name = f"{name}.old"
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -63,23 +67,28 @@ def load(name):
         raise OSError(f"cannot load the model {name}: {advice} ({error})") from error
 
 
-def encode(question, tokenizer, is_encoder_decoder):
-    """Return a question's tokens for training. Only the answer counts in the loss: -100 hides the rest."""
-    prompt = tokenizer(PROMPT.format(**question)).input_ids
-    text = question["answer"] if is_encoder_decoder else " " + question["answer"]
+def encode(question, model, tokenizer):
+    """Return a question's tokens for training. Raises ValueError if they are more than the model can take."""
+    prompt, two = tokenizer(PROMPT.format(**question)).input_ids, model.config.is_encoder_decoder
+    text = question["answer"] if two else " " + question["answer"]
     answer = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    if is_encoder_decoder:
+    room = max(len(answer), LONGEST)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    needed = max(len(prompt), room) if two else len(prompt) + room
+    if 0 < limit < needed:  # T5 has no limit
+        raise ValueError(f"{question['source']} is too long: {needed} tokens, and the model takes {limit}")
+    if two:
         return {"input_ids": prompt, "labels": answer}
-    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}  # -100 hides from the loss
 
 
 def answer(questions, model, tokenizer):
-    """Return the model's answers: the most probable token at each step, 32 at most."""
+    """Return the model's answers: the most probable token at each step, LONGEST at most."""
     # A decoder adds words at the right, so its texts are padded at the left. Training does not need that.
     side = "right" if model.config.is_encoder_decoder else "left"
     texts = [PROMPT.format(**question) for question in questions]
     batch = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt").to(model.device)
-    prompt, how = batch.input_ids, {"max_new_tokens": 32, "do_sample": False, "use_cache": True}
+    prompt, how = batch.input_ids, {"max_new_tokens": LONGEST, "do_sample": False, "use_cache": True}
     tokens = model.eval().generate(prompt, attention_mask=batch.attention_mask, **how)
     tokens = tokens if model.config.is_encoder_decoder else tokens[:, prompt.shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
@@ -102,6 +111,14 @@ class Stop(transformers.TrainerCallback, transformers.trainer_callback.Exportabl
         self.agreed = bool(reduce(torch.tensor(float(self.asked), device=args.device), "sum"))
         control.should_training_stop |= self.agreed
 
+    def on_save(self, args, state, *_, **__):
+        """Delete all checkpoints but the newest."""  # the library would also delete a folder checkpoint-foo
+        for path in checkpoints(args.output_dir) if MAIN else ():
+            if path.name != f"checkpoint-{state.global_step}":
+                shutil.rmtree(path)
+
+    on_train_begin = on_save
+
 
 class Trainer(transformers.Trainer):
     """The library's trainer, but measured by its answers to `eval_dataset`. Its `stop` is a Stop."""
@@ -114,8 +131,8 @@ class Trainer(transformers.Trainer):
 
     def evaluate(self, *_, **__):
         """Log exact match and F1 after an epoch, unless the run that is resumed has already done so."""
-        epoch, history = self.state.epoch or 0, self.state.log_history
-        if epoch % 1 or any("f1" in entry and entry["epoch"] == epoch for entry in history):
+        epoch, figures = self.state.epoch or 0, [entry for entry in self.state.log_history if "f1" in entry]
+        if epoch % 1 or any(entry["epoch"] == epoch for entry in figures):
             return
         size, rank, world, mine = self.args.eval_batch_size, self.args.process_index, self.args.world_size, []
         batches = [self.eval_dataset[at : at + size] for at in range(0, len(self.eval_dataset), size)]
@@ -130,78 +147,99 @@ class Trainer(transformers.Trainer):
         given = [{"id": str(i), "prediction_text": text} for i, text in enumerate(answers)]
         wanted = [{"answer_start": [0], "text": [question["answer"]]} for question in self.eval_dataset]
         scores = squad(given, [{"id": str(i), "answers": answer} for i, answer in enumerate(wanted)])
-        self.log({"epoch": int(epoch)} | {name: value.item() for name, value in scores.items()})
-        say(f"Epoch {epoch:.0f}: exact match {scores['exact_match']:.0f} %, F1 {scores['f1']:.0f}")
+        new = {"epoch": int(epoch)} | {name: value.item() for name, value in scores.items()}
+        exact, f1 = new["exact_match"], new["f1"]
+        self.log(new)
+        best = all(f1 >= entry["f1"] for entry in figures)
         if MAIN:  # all or nothing
-            lines = [{name: entry[name] for name in ("epoch", *scores)} for entry in history if "f1" in entry]
+            if best:
+                save(self.model, self.processing_class, Path(self.args.output_dir, "model"))
             temporary = Path(self.args.output_dir, "metrics.jsonl.tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in [*figures, new]))
             os.replace(temporary, temporary.with_suffix(""))
+        say(f"Epoch {epoch:.0f}: exact match {exact:.0f} %, F1 {f1:.0f}{' (kept)' * best}")
+
+
+def checkpoints(folder):
+    """Return the folders of checkpoints in a folder, the newest first."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.name[11:].isdecimal() and p.is_dir()]
+    return sorted(found, key=lambda path: -int(path.name[11:]))
 
 
 def find_checkpoint(folder, flags):
     """Return the newest complete checkpoint, or None. Raises ValueError if it belongs to another run."""
-    found = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: -int(p.parent.name[11:]))
+    found = checkpoints(folder)
     if len(set(gather_object([str(found)]))) > 1:
         raise ValueError(f"not all processes see the same checkpoint in {folder}: all pods must mount it")
     for path in found:
         try:
-            theirs = json.loads(path.read_text())["stateful_callbacks"]["Stop"]["args"]["flags"]
-        except ValueError:  # cut off: this file is the last that is written
+            state = json.loads((path / "trainer_state.json").read_bytes())  # this file is written last
+            theirs = state["stateful_callbacks"]["Stop"]["args"]["flags"]
+        except (FileNotFoundError, LookupError, TypeError, ValueError):  # cut off, or of another program
             continue
-        if wrong := [f"{n} {theirs[n]}, not {flags[n]}" for n in flags if theirs[n] != flags[n]]:
-            raise ValueError(f"{path.parent} is of another run, with {', '.join(wrong)}")
-        say(f"Resuming from {path.parent}")
-        return str(path.parent)
+        pairs = [(name, str(theirs.get(name)), str(flags[name])) for name in flags]
+        wrong = [f"{name} {old}, not {new}" for name, old, new in pairs if old.split()[-1] != new.split()[-1]]
+        if wrong:
+            raise ValueError(f"{path} is of another run, with {', '.join(wrong)}")
+        say(f"Resuming from {path}")
+        return str(path)
     say(f"No checkpoint in {folder} yet: starting afresh")
 
 
 def save(model, tokenizer, folder):
-    """Write a model's folder, all or nothing, readable by everyone."""
-    temporary = folder.with_name(folder.name + ".tmp")
+    """Write a model's folder, readable by everyone. If it is killed, `load` finds the folder of before."""
+    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     shutil.rmtree(temporary, ignore_errors=True)
-    model.config.use_cache = True  # the library's training switches it off
+    use_cache, model.config.use_cache = model.config.use_cache, True  # the library's training switches it off
     model.save_pretrained(temporary)
+    model.config.use_cache = use_cache
     tokenizer.save_pretrained(temporary)
     for path in temporary.iterdir():
         path.chmod(0o644)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
     os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def train(args):
     """Fine-tune a model, measure it after each epoch, and save it. Raises OSError, ValueError and others."""
     training, validation = (read(Path(args.data_dir, name)) for name in ("train.jsonl", "validation.jsonl"))
     (folder := Path(args.output_dir)).mkdir(parents=True, exist_ok=True)
+    if Path(args.model).resolve() == (result := (folder / "model").resolve()):
+        raise ValueError(f"this training replaces its own --model {args.model}: choose another --output-dir")
     say(f"Loading {args.model}")
+    transformers.set_seed(args.seed)  # for weights that a model lacks
     model, tokenizer = load(args.model)
-    encoded = [encode(question, tokenizer, model.config.is_encoder_decoder) for question in training]
+    encoded = [encode(question, model, tokenizer) for question in training + validation][: len(training)]
     cpu = args.no_cuda or not torch.accelerator.is_available()
     fast = torch.cpu.get_capabilities().get("avx512_bf16") if cpu else torch.cuda.is_bf16_supported()
     how = dict(use_cpu=cpu, dataloader_pin_memory=not cpu, seed=args.seed, learning_rate=args.lr)
     how |= dict(num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size, report_to="none")
     how |= dict(bf16=bool(fast), ddp_backend="gloo" if cpu and "RANK" in os.environ else None)
-    how |= dict(eval_strategy="epoch", eval_on_start=True, save_strategy="epoch", save_total_limit=1)
+    how |= dict(eval_strategy="epoch", eval_on_start=True, save_strategy="epoch")
     how |= dict(logging_strategy="epoch", logging_nan_inf_filter=False, ddp_find_unused_parameters=False)
     settings = transformers.TrainingArguments(args.output_dir, disable_tqdm=not sys.stderr.isatty(), **how)
     atexit.register(settings.distributed_state.destroy_process_group)  # if Python does it, gloo may crash
     collator = transformers.DataCollatorForSeq2Seq(tokenizer)
-    flags = {name: vars(args)[name] for name in ("model", "epochs", "batch_size", "lr", "seed")}
-    stop = Stop(flags | {"processes": settings.world_size})
+    checksum = 0  # of the model, which may have another name when the run is resumed
+    for weights in model.parameters():
+        checksum = zlib.crc32(weights.detach().contiguous().numpy(), checksum)
+    flags = {name: vars(args)[name] for name in ("epochs", "batch_size", "lr", "seed")}
+    stop = Stop({"model": f"{args.model} {checksum:08x}"} | flags | {"processes": settings.world_size})
     trainer = Trainer(model, settings, collator, encoded, validation, tokenizer, callbacks=[stop])
     trainer.stop = stop
     checkpoint = find_checkpoint(folder, stop.flags) if args.resume else None
-    for old in folder.glob("checkpoint-*") if MAIN and not checkpoint else ():
-        shutil.rmtree(old)
     say(f"{len(training)} questions to learn, {len(validation)} to measure with, on {settings.device}")
     trainer.train(checkpoint)
     if stop.agreed:
         say("Stopped by a signal. --resume goes on from the checkpoint")
         sys.exit(143)
     if MAIN:
-        save(model, tokenizer, folder / "model")
+        saved = load(result)
         for q in validation[:: math.ceil(len(validation) / 4)]:
-            say(f"{q['question']} {answer([q], model, tokenizer)[0]} (expected: {q['answer']})")
+            say(f"{q['question']} {answer([q], *saved)[0]} (expected: {q['answer']})")
 
 
 def parse_arguments():
@@ -232,7 +270,7 @@ def main():
     args = parse_arguments()
     logging.disable()  # of the libraries, which also raise their errors
     transformers.logging.disable_progress_bar()
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # not every terminal can show every letter
     if "RANK" in os.environ:  # a PyTorchJob's operator does not set LOCAL_RANK, but GPUs need it
         os.environ.setdefault("LOCAL_RANK", "0")
     try:
@@ -240,7 +278,9 @@ def main():
             train(args)
         else:
             trained = load(Path(args.output_dir, "model").resolve())  # or the hub would be asked for it
-            say(answer([{"context": args.context, "question": args.ask}], *trained)[0])
+            question = {"context": args.context, "question": args.ask, "answer": "", "source": "--context"}
+            encode(question, *trained)  # which refuses what is too long
+            say(answer([question], *trained)[0])
     except (Exception, KeyboardInterrupt) as error:  # the library has its own kinds
         text = str(error) if isinstance(error, (ArithmeticError, OSError, ValueError)) else repr(error)
         sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(text.split())[:600]}")
