@@ -130,8 +130,8 @@ def without_dropout(folder):
 def test_three_hosts_train_as_one_process_with_three_times_the_batch(small):
     without_dropout(small)
     project = Project(small)
-    # Short steps, for in long ones the last digits of a sum grow into differences.
-    options = ("--epochs", 2, "--optimizer", "sgd", "--lr", 0.02, "--momentum", 0.5, "--no-cuda")
+    # Processors add up in different orders. In short steps, these differences in the last digits hardly grow.
+    options = ("--epochs", 2, "--lr", 0.02, "--momentum", 0.5, "--no-cuda", "--no-bf16")
     with project.training("one", options=(*options, "--batch-size", 90)) as training:
         training.complete()
     with PyTorchJob(project.folder) as job:
@@ -149,9 +149,9 @@ def test_three_hosts_train_as_one_process_with_three_times_the_batch(small):
     assert len(history("three")) == 2
     for one, three in zip(history("one"), history("three"), strict=True):
         # The last batch of 1,000 has 10 images, 4 + 3 + 3: it counts no more and no less than in one process.
-        assert three["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
-        assert three["test_loss"] == pytest.approx(one["test_loss"], rel=1e-5)
-        assert abs(three["accuracy"] - one["accuracy"]) <= 1 / TEST
+        assert three["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+        assert three["test_loss"] == pytest.approx(one["test_loss"], rel=1e-4)
+        assert abs(three["accuracy"] - one["accuracy"]) <= 2 / TEST
 
     # The same weights, evaluated here by one process, give the figures that three hosts gave.
     trainer = trainer_of(project.folder)
@@ -160,7 +160,7 @@ def test_three_hosts_train_as_one_process_with_three_times_the_batch(small):
     _, (images, labels) = trainer.load_mnist(project.folder / "datasets")
     loss, correct = trainer.test(model, images, labels, batch_size=77)
     assert correct / TEST == history("three")[-1]["accuracy"]
-    assert loss == pytest.approx(history("three")[-1]["test_loss"], abs=1e-6)
+    assert loss == pytest.approx(history("three")[-1]["test_loss"], rel=1e-4)
     assert f"Test accuracy: {correct}/{TEST}" in printed[0]
 
 

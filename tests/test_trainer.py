@@ -381,7 +381,7 @@ def test_the_model_learns_and_the_saved_one_has_the_accuracy_in_the_log(trained,
     model.load_state_dict(torch.load(output / "mnist_model.pt", weights_only=True))
     loss, correct = mnist.test(model, *small_test_set(small_template))
     assert correct / 500 == metrics(output)[-1]["accuracy"] > 0.7
-    assert loss == pytest.approx(metrics(output)[-1]["test_loss"], abs=1e-6)
+    assert loss == pytest.approx(metrics(output)[-1]["test_loss"], rel=1e-4)
 
 
 def small_test_set(project):
@@ -458,7 +458,7 @@ def test_figures_are_those_of_one_process_with_the_same_weights(trained_by_two, 
     model.load_state_dict(weights(output))
     loss, correct = mnist.test(model, *small_test_set(small_template), batch_size=77)
     assert metrics(output)[0]["accuracy"] == correct / 500
-    assert metrics(output)[0]["test_loss"] == pytest.approx(loss, abs=1e-6)
+    assert metrics(output)[0]["test_loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_steps_of_two_processes_are_those_of_a_single_one_with_their_batches_together(tmp_path):
@@ -504,7 +504,7 @@ def test_evaluation_takes_every_sample_once_whatever_the_number_of_processes(wor
     loss, correct = mnist.test(model, images, labels)
     shares = [Share("", rank, world_size) for rank in range(world_size)]
     parts = [mnist.test(model, images, labels, 10, share) for share in shares]
-    assert sum(part for part, _ in parts) == pytest.approx(loss, abs=1e-6)
+    assert sum(part for part, _ in parts) == pytest.approx(loss, rel=1e-4)
     assert sum(part for _, part in parts) == correct
 
 
