@@ -2,6 +2,7 @@
 
 python benchmarks/step.py                one thread; writes the table in benchmarks/README.md
 python benchmarks/step.py --threads 2    only prints it
+python benchmarks/step.py --bf16         likewise, in bfloat16
 
 The limit is the speed at which this machine multiplies large matrices, by the faster of PyTorch's two
 libraries for that. It is measured between blocks of steps, so other work on the machine slows both alike.
@@ -43,15 +44,16 @@ LINES = (
     ("the optimiser", "Optimizer.step#SGD.step", None),
     ("distorting the digits", "aten::affine_grid_generator", None),
     ("distorting the digits", "aten::grid_sampler", None),
-    ("averaging the weights", "aten::_foreach_lerp_", None),
+    ("averaging the weights", "aten::lerp_", None),
+    ("other types of numbers: bytes to float32, and in bfloat16 to and from that", "aten::_to_copy", None),
 )
 
 
 def measure_blocks(trainer, images, labels):
     """Return, for each block, the seconds per step and the matrix operations per second."""
-    matrix = torch.rand(SIZE, SIZE)
+    matrix = torch.rand(SIZE, SIZE).to(torch.bfloat16 if trainer.hyperparameters.bf16 else torch.float32)
     ways = [lambda: matrix @ matrix]  # by MKL, which uses AVX-512 on Intel's processors only
-    if torch.backends.mkldnn.is_available():
+    if torch.backends.mkldnn.is_available() and matrix.dtype == torch.float32:  # bfloat16 always goes there
         of_onednn = matrix.to_mkldnn()  # by oneDNN, as convolutions are
         ways.append(lambda: F.linear(of_onednn, of_onednn))
     steps, peaks = [], []
@@ -124,17 +126,19 @@ def table(steps, peaks, shares, operations):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--threads", type=int, default=1)
-    threads = parser.parse_args().threads
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16")
+    args = parser.parse_args()
+    threads = args.threads
     mnist.settle_in()
     torch.set_num_threads(threads)
     training_set, _ = mnist.load_mnist("datasets")
     images, labels = (tensor[: STEPS * BATCH] for tensor in training_set)
-    trainer = mnist.Trainer(mnist.Hyperparameters())
+    trainer = mnist.Trainer(mnist.Hyperparameters(bf16=args.bf16))
     time_epoch(trainer, images, labels)  # to warm up
     steps, peaks = measure_blocks(trainer, images, labels)
     found = table(steps, peaks, shares_of_lines(trainer, images, labels), count_operations())
     print(found)
-    if threads == 1:
+    if threads == 1 and not args.bf16:
         PAGE.write_text(replace_between(PAGE.read_text(), "step", found))
 
 
