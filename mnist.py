@@ -481,8 +481,8 @@ class Job(Alone):
     def rendezvous(self, backend, limit):
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)  # Python's own would not act before all have met
-        text = f"Waiting for {self.world_size - 1} other processes at {self.address}"
-        notice = threading.Timer(5, logging.warning, [text])
+        others = f"{self.world_size - 1} other process{'es' * (self.world_size > 2)}"
+        notice = threading.Timer(5, logging.warning, [f"Waiting for {others} at {self.address}"])
         notice.start()
         try:
             # Pods start minutes apart, and by default only rank 0 waits for all. The others would soon give
@@ -623,7 +623,8 @@ def launch(each, argv):
     if "PET_NNODES" not in env:  # this machine alone: a container may not know its own name
         options.append("--standalone")
         env.setdefault("PET_LOCAL_ADDR", "localhost")
-        env.setdefault("GLOO_SOCKET_IFNAME", socket.if_indextoname(1))  # the one that leads back here
+        with suppress(OSError):  # it need not know its own name either, only the way back to itself
+            env.setdefault("GLOO_SOCKET_IFNAME", socket.if_indextoname(1))
         try:
             socket.create_connection(("localhost", 1)).close()
         except ConnectionRefusedError:
@@ -649,7 +650,8 @@ def exit_code(end):
     """Return what torchrun's processes left with: 143 only if all have saved. Raises ChildProcessError."""
     agents = [frame.f_locals.get("agent") for frame, _ in traceback.walk_tb(end.__traceback__)]
     context = next((agent._pcontext for agent in agents if agent), None)
-    codes = [process.proc.returncode for process in context.subprocess_handlers.values()] if context else [1]
+    started = context.subprocess_handlers.values() if context else ()
+    codes = [process.proc.returncode for process in started] or [1]
     for rank, code in enumerate(codes):
         if code < 0 and code != -signal.SIGTERM:
             why = " (often, memory has run out)" if code == -signal.SIGKILL else ""
@@ -798,7 +800,7 @@ def train(args, job, device, folder, checkpoint):
         trainer.ddp_model = job.distribute(trainer.model)
     if checkpoint:
         resume(trainer, checkpoint)
-    elif args.resume:
+    elif args.resume and folder:
         logging.info(f"No checkpoint in {folder} yet: starting afresh")
     try:
         while trainer.epoch <= args.epochs:
