@@ -22,7 +22,7 @@ from tests.rig.processes import clean_environment, need
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 # Each node has one CPU, so that a job of three does not want more than a small machine has. The last one pretends
 # to have two GPUs: Slurm counts the files that it is told are theirs.
-NODES = {"node1": "CPUs=1", "node2": "CPUs=1", "node3": "CPUs=1", "gpu1": "CPUs=2 Gres=gpu:2"}
+NODES = {"node1": "CPUs=1", "node2": "CPUs=1", "node3": "CPUs=1", "wide1": "CPUs=2", "gpu1": "CPUs=2 Gres=gpu:2"}
 CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost=head
@@ -31,14 +31,14 @@ SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
 # A job that is requeued waits until its credentials have expired, by default for two minutes.
-AuthInfo=socket={folder}/munge.socket,cred_expire=3
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldDebug=debug2
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -52,10 +52,11 @@ SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=node[1-3] Default=YES
+PartitionName=main Nodes=node[1-3] Default=YES GraceTime=20
 PartitionName=crowded Nodes=node[1-3] OverSubscribe=FORCE:2
 PartitionName=urgent Nodes=node[1-3] PriorityTier=2
 PartitionName=gpus Nodes=gpu1
+PartitionName=wide Nodes=wide1
 """
 
 
