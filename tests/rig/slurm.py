@@ -16,13 +16,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.rig.hosts import Network, Process, need_hosts, new_name
+import psutil
+
+from tests.rig.hosts import Network, Process, ip, need_hosts, new_name
 from tests.rig.processes import clean_environment, need
 
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
-# Each node has one CPU, so that a job of three does not want more than a small machine has. The last one pretends
-# to have two GPUs: Slurm counts the files that it is told are theirs.
-NODES = {"node1": "CPUs=1", "node2": "CPUs=1", "node3": "CPUs=1", "wide1": "CPUs=2", "gpu1": "CPUs=2 Gres=gpu:2"}
+# What sets them apart; each has one address. The GPUs are a pretence: Slurm counts the files that it is told are theirs.
+NODES = dict.fromkeys(("node1", "node2", "node3"), "CPUs=1") | dict.fromkeys(("wide1", "wide2"), "CPUs=2")
+NODES["gpu1"] = "CPUs=2 Gres=gpu:2"
 CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost=head
@@ -45,18 +47,19 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 SlurmdParameters=config_overrides
 ReturnToService=2
-# Times that a cluster with real machines has ten times as long.
-SlurmdTimeout=10
+# A lost node is noticed ten times as soon as on other clusters.
+SlurmdTimeout=8
+MessageTimeout=5
 KillWait=20
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=node[1-3] Default=YES GraceTime=20
-PartitionName=crowded Nodes=node[1-3] OverSubscribe=FORCE:2
-PartitionName=urgent Nodes=node[1-3] PriorityTier=2
+PartitionName=main Nodes=node[1-3] Default=YES
+PartitionName=wide Nodes=wide[1-2] GraceTime=20
+PartitionName=urgent Nodes=wide[1-2] PriorityTier=2
+PartitionName=crowded Nodes=wide[1-2] OverSubscribe=FORCE:2
 PartitionName=gpus Nodes=gpu1
-PartitionName=wide Nodes=wide1
 """
 
 
@@ -154,7 +157,7 @@ class Slurm(Network):
 
 
 class Job:
-    """A job of Slurm, and what it prints."""
+    """A job, or one of an array, and what it prints."""
 
     def __init__(self, slurm, folder, number):
         self.slurm, self.folder, self.number = slurm, Path(folder), number
@@ -165,15 +168,22 @@ class Job:
 
     @property
     def log(self):
-        (path,) = self.folder.glob(f"slurm-{self.number}.out")
-        return path.read_text()
+        path = self.folder / f"slurm-{self.number}.out"
+        return path.read_text() if path.exists() else ""
 
-    def printed(self, text, timeout=90):
-        """Wait until the job has printed a text."""
-        self.slurm.wait(lambda: any(self.folder.glob(f"slurm-{self.number}.out")) and text in self.log, timeout)
+    def printed(self, text, starts=1, timeout=90):
+        """Wait until the job prints `text` after so many starts."""
+        self.slurm.wait(lambda: text in (self.log.split("Started by ", starts)[starts:] or [""])[0], timeout)
+
+    def trainers(self, node):
+        """Return the job's trainers that run on a node, as psutil's processes."""
+        pids = map(int, ip("netns", "pids", self.slurm.nodes[node].name).split())
+        processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+        ours = [p for p in processes if p.environ().get("SLURM_JOB_ID") == str(self.number)]
+        return [p for p in ours if p.cmdline()[1:3] == ["mnist.py", "--resume"]]
 
     def ended(self, timeout=120):
         """Wait for the end. Returns the state, such as COMPLETED, and the exit code."""
-        active = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")
+        active = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "REQUEUED")
         self.slurm.wait(lambda: self.shown("JobState") not in active, timeout)
         return self.shown("JobState"), int(self.shown("ExitCode").split(":")[0])
