@@ -17,8 +17,6 @@ from tests.rig.slurm import Job, Slurm, need_slurm
 from tests.rig.training import OPTIONS, weights
 
 SCRIPT = "slurm/mnist.sbatch"
-# Frozen processes wait for each other.
-PATIENT = (*OPTIONS, "--timeout", 60)
 # What a shell has that an interactive allocation gave it, of another size than the job's.
 OUTER = {"SLURM_NTASKS": 9, "SLURM_NNODES": 5, "SLURM_TASKS_PER_NODE": 5, "SLURM_CPUS_PER_TASK": 8}
 OUTER |= {"SLURM_GPUS": 5, "SLURM_GPUS_ON_NODE": 5, "SLURM_CPU_BIND": "quiet,mask_cpu:0x2"}
@@ -68,19 +66,19 @@ def submit(slurm, clone):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def slow(submit):
-    """A job of three nodes that takes longer than its time, twice. Other tests run in the meantime."""
-    job = submit("--nodes=3", "--time=1", "--signal=TERM@30", "--job-name=slow", SCRIPT, *PATIENT)
+def slow(submit, slurm):
+    """A job of three nodes that is out of time, then requeued. Other tests run in the meantime."""
+    job = submit("--nodes=3", "--time=2", "--job-name=slow", SCRIPT, *OPTIONS, "--timeout", 120)
 
-    def freeze(starts=2):
-        # Slurm wakes what it sends a signal to, so it gets as far as if it were slow.
-        for start in range(1, starts + 1):
-            job.printed("Epoch: 1 " if start == 1 else "Epoch: ", start)
-            for trainer in job.trainers("node3"):
-                trainer.suspend()
+    def disturb():
+        job.printed("Epoch: 1 ( 25")
+        for trainer in job.trainers("node3"):
+            trainer.suspend()  # the others wait. Slurm wakes it when it sends its signal
+        job.printed("Epoch: 1 ( 66", starts=2)
+        slurm("scontrol", "requeue", job.number)
 
     with ThreadPoolExecutor(1) as pool:
-        yield job, pool.submit(freeze)
+        yield job, pool.submit(disturb)
 
 
 def metrics(folder):
@@ -118,7 +116,7 @@ def test_jobs_of_an_array_share_nodes_do_not_meet_and_have_a_rate_and_a_folder_e
 
 
 def test_a_wrong_flag_fails_once(submit):
-    job = submit("--nodes=2", "--partition=wide", "--job-name=wrong", SCRIPT, "--epocs", 3)
+    job = submit("--nodes=1", "--partition=wide", "--job-name=wrong", SCRIPT, "--epocs", 3)
     assert job.ended() == ("FAILED", 2)
     assert "mnist.py: error: unrecognized arguments: --epocs 3" in job.log
     assert job.shown("Restarts") == "0"
@@ -148,7 +146,7 @@ def test_a_killed_process_fails_the_job_and_the_next_one_goes_on(submit):
 
 
 def test_a_cancelled_job_has_saved_and_does_not_come_back(submit, slurm, clone):
-    job = submit("--nodes=2", "--partition=wide", "--job-name=cancelled", SCRIPT, *OPTIONS)
+    job = submit("--nodes=1", "--partition=wide", "--job-name=cancelled", SCRIPT, *OPTIONS)
     job.printed("Epoch: 1 ( 11")
     slurm("scancel", job.number)
     assert job.ended()[0] == "CANCELLED"
@@ -171,7 +169,6 @@ def test_a_preempted_job_makes_room_and_goes_on_afterwards(submit):
     job.printed("Epoch: 1 ( 11")
     urgent = submit("--nodes=2", "--partition=urgent", "--exclusive", "--wrap=true")
     assert urgent.ended() == ("COMPLETED", 0)
-    assert "Stopped by a signal" in job.log and "Test accuracy" not in job.log.split("Epoch: 4")[0]
     assert job.ended() == ("COMPLETED", 0), job.log
     assert job.shown("Restarts") == "1" and "Resuming in epoch " in job.log
 
@@ -193,9 +190,9 @@ def test_a_job_trains_in_a_container_without_an_engine(submit, image, clone):
     assert len(metrics(clone / "output/contained")) == 2
 
 
-def test_a_job_out_of_time_twice_ends_with_the_bits_of_one_that_nobody_disturbed(slow, project, clone):
-    job, frozen = slow
-    frozen.result()
+def test_a_job_out_of_time_and_requeued_ends_with_the_bits_of_one_that_nobody_disturbed(slow, project, clone):
+    job, disturbed = slow
+    disturbed.result()
     assert job.ended() == ("COMPLETED", 0), job.log
     assert job.log.count("Stopped by a signal") == int(job.shown("Restarts")) == 2, job.log
     assert weights(clone / "output/slow") == project.reference(3)[0]

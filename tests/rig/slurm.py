@@ -5,8 +5,8 @@
         assert job.ended() == "COMPLETED", job.log
         slurm.nodes["node2"].kill()
 
-Needs root, iproute2 and Debian's packages slurmctld, slurmd, slurm-client and munge. Nothing outside `folder` and
-the namespaces is touched: several of them can run on one machine.
+Needs root, iproute2 and Debian's packages slurmctld, slurmd, slurm-client and munge. Nothing outside `folder`
+and the namespaces is touched: several of them can run on one machine.
 """
 
 import os
@@ -22,7 +22,7 @@ from tests.rig.hosts import Network, Process, ip, need_hosts, new_name
 from tests.rig.processes import clean_environment, need
 
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
-# What sets them apart; each has one address. The GPUs are a pretence: Slurm counts the files that it is told are theirs.
+# Slurm believes what it is told about them. The GPUs are a pretence: it only counts their files.
 NODES = dict.fromkeys(("node1", "node2", "node3"), "CPUs=1") | dict.fromkeys(("wide1", "wide2"), "CPUs=2")
 NODES["gpu1"] = "CPUs=2 Gres=gpu:2"
 CONFIGURATION = """\
@@ -144,7 +144,7 @@ class Slurm(Network):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def wait(self, happened, timeout=90):
+    def wait(self, happened, timeout=120):
         limit = time.monotonic() + timeout
         while not happened():
             assert time.monotonic() < limit, f"waited {timeout} s"
@@ -171,7 +171,7 @@ class Job:
         path = self.folder / f"slurm-{self.number}.out"
         return path.read_text() if path.exists() else ""
 
-    def printed(self, text, starts=1, timeout=90):
+    def printed(self, text, starts=1, timeout=120):
         """Wait until the job prints `text` after so many starts."""
         self.slurm.wait(lambda: text in (self.log.split("Started by ", starts)[starts:] or [""])[0], timeout)
 
