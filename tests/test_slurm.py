@@ -17,6 +17,7 @@ from tests.rig.slurm import Job, Slurm, need_slurm
 from tests.rig.training import OPTIONS, weights
 
 SCRIPT = "slurm/mnist.sbatch"
+FLAGS = (*OPTIONS, "--epochs", 1)
 # What a shell has that an interactive allocation gave it, of another size than the job's.
 OUTER = {"SLURM_NTASKS": 9, "SLURM_NNODES": 5, "SLURM_TASKS_PER_NODE": 5, "SLURM_CPUS_PER_TASK": 8}
 OUTER |= {"SLURM_GPUS": 5, "SLURM_GPUS_ON_NODE": 5, "SLURM_CPU_BIND": "quiet,mask_cpu:0x2"}
@@ -94,19 +95,16 @@ def test_the_linter_finds_nothing_in_a_script_of_forty_lines():
     assert len((ROOT / "slurm/README.md").read_text().splitlines()) <= 90
 
 
-def test_a_process_uses_a_gpu_or_all_cpus_whatever_an_outer_allocation_had(submit, clone):
+def test_each_gpu_has_a_process_whatever_an_outer_allocation_had(submit, clone):
     folder = "output/by the flag"
-    gpus = submit("--nodes=1", "--partition=gpus", SCRIPT, *OPTIONS, "--output-dir", folder, **OUTER)
-    cpus = submit("--nodes=1", "--partition=wide", "--export=NONE", "--job-name=cpus", SCRIPT, *OPTIONS)
-    assert (gpus.ended(), cpus.ended()) == (("COMPLETED", 0),) * 2, gpus.log + cpus.log
-    assert gpus.log.startswith("Started by torchrun: rank 0 of 2, ") and ", 1 threads" in gpus.log
-    assert cpus.log.startswith("Started by torchrun: rank 0 of 1, ")
-    assert f", {min(2, os.cpu_count())} threads" in cpus.log
-    assert len(metrics(clone / folder)) == len(metrics(clone / "output/cpus")) == 2
+    job = submit("--nodes=1", "--partition=gpus", SCRIPT, *FLAGS, "--output-dir", folder, **OUTER)
+    assert job.ended() == ("COMPLETED", 0), job.log
+    assert job.log.startswith("Started by torchrun: rank 0 of 2, ") and ", 1 threads" in job.log
+    assert len(metrics(clone / folder)) == 1
 
 
 def test_jobs_of_an_array_share_nodes_do_not_meet_and_have_a_rate_and_a_folder_each(submit, slurm, clone):
-    flags = (*OPTIONS, "--lr", "%ae-2")
+    flags = (*FLAGS, "--lr", "%ae-2")
     last = submit("--array=3,10", "--nodes=2", "--partition=crowded", "--job-name=lr", SCRIPT, *flags)
     jobs = [Job(slurm, clone, f"{last.number}_{index}") for index in (3, 10)]
     jobs[1].printed("Epoch: ")
@@ -131,8 +129,8 @@ def test_what_is_missing_is_one_sentence(submit, slurm, clone, tmp_path):
     assert elsewhere.log.count("\n") == python.log.count("\n") == 1
 
 
-def test_a_killed_process_fails_the_job_and_the_next_one_goes_on(submit):
-    command = ("--nodes=2", "--partition=wide", "--job-name=killed", SCRIPT, *OPTIONS)
+def test_a_killed_process_fails_the_job_and_the_next_one_goes_on_in_a_container(submit, image):
+    command = ("--nodes=2", "--partition=wide", "--job-name=killed", SCRIPT, *FLAGS)
     job = submit(*command)
     job.printed("Epoch: 1 ( 41")
     for trainer in job.trainers("wide2"):
@@ -140,23 +138,25 @@ def test_a_killed_process_fails_the_job_and_the_next_one_goes_on(submit):
     assert job.ended() == ("FAILED", 137), job.log
     assert "rank 0 of 2 (meeting at wide1:" in job.log
     assert job.shown("Restarts") == "0"
-    job = submit(*command)
+    job = submit(*command, IMAGE=image, USER="root", PYTHONPATH="/packages")
     assert job.ended() == ("COMPLETED", 0), job.log
     assert "Resuming in epoch 1" in job.log
 
 
-def test_a_cancelled_job_has_saved_and_does_not_come_back(submit, slurm, clone):
-    job = submit("--nodes=1", "--partition=wide", "--job-name=cancelled", SCRIPT, *OPTIONS)
+def test_a_process_alone_uses_all_cpus_and_has_saved_when_its_job_is_cancelled(submit, slurm, clone):
+    job = submit("--nodes=1", "--partition=wide", "--export=NONE", "--job-name=cancelled", SCRIPT, *FLAGS)
     job.printed("Epoch: 1 ( 11")
     slurm("scancel", job.number)
     assert job.ended()[0] == "CANCELLED"
     slurm.wait(lambda: "Stopped by a signal. " in job.log)
+    assert job.log.startswith("Started by torchrun: rank 0 of 1, ")
+    assert f", {min(2, os.cpu_count())} threads" in job.log
     assert (clone / "output/cancelled/checkpoint.pt").exists()
     assert str(job.number) not in slurm("squeue", "--noheader", "--format=%i").split()
 
 
 def test_a_job_whose_time_is_too_short_to_begin_with_ends_with_a_sentence(submit, slurm):
-    job = submit("--nodes=1", "--partition=wide", "--job-name=short", SCRIPT, *OPTIONS)
+    job = submit("--nodes=1", "--partition=wide", "--job-name=short", SCRIPT, *FLAGS)
     slurm.wait(lambda: job.trainers("wide1"))
     slurm("scancel", "--signal=TERM", job.number)  # what Slurm does, too, when time is short
     assert job.ended() == ("FAILED", 143)
@@ -165,7 +165,7 @@ def test_a_job_whose_time_is_too_short_to_begin_with_ends_with_a_sentence(submit
 
 
 def test_a_preempted_job_makes_room_and_goes_on_afterwards(submit):
-    job = submit("--nodes=1", "--partition=wide", "--job-name=preempted", SCRIPT, *OPTIONS, "--epochs", 4)
+    job = submit("--nodes=1", "--partition=wide", "--job-name=preempted", SCRIPT, *FLAGS)
     job.printed("Epoch: 1 ( 11")
     urgent = submit("--nodes=2", "--partition=urgent", "--exclusive", "--wrap=true")
     assert urgent.ended() == ("COMPLETED", 0)
@@ -174,20 +174,13 @@ def test_a_preempted_job_makes_room_and_goes_on_afterwards(submit):
 
 
 def test_a_job_that_loses_a_node_is_started_again_by_slurm(submit, slurm):
-    job = submit("--nodes=2", "--partition=wide", "--job-name=lost", SCRIPT, *OPTIONS)
+    job = submit("--nodes=2", "--partition=wide", "--job-name=lost", SCRIPT, *FLAGS)
     job.printed("Epoch: 1 ( 41")
     slurm.nodes["wide2"].kill()
     slurm.wait(lambda: "Node failure on wide2" in job.log)
     slurm.start_node("wide2")
     assert job.ended() == ("COMPLETED", 0), job.log
     assert job.shown("Restarts") == "1" and "Resuming in epoch 1" in job.log
-
-
-def test_a_job_trains_in_a_container_without_an_engine(submit, image, clone):
-    job = submit("--nodes=2", "--partition=wide", "--job-name=contained", SCRIPT, *OPTIONS,
-                 IMAGE=image, USER="root", PYTHONPATH="/packages")  # fmt: skip
-    assert job.ended() == ("COMPLETED", 0), job.log
-    assert len(metrics(clone / "output/contained")) == 2
 
 
 def test_a_job_out_of_time_and_requeued_ends_with_the_bits_of_one_that_nobody_disturbed(slow, project, clone):

@@ -47,6 +47,7 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 SlurmdParameters=config_overrides
 ReturnToService=2
+MinJobAge=3600
 # A lost node is noticed ten times as soon as on other clusters.
 SlurmdTimeout=8
 MessageTimeout=5
