@@ -21,12 +21,13 @@ FLAGS = (*OPTIONS, "--epochs", 1)
 # What a shell has that an interactive allocation gave it, of another size than the job's.
 OUTER = {"SLURM_NTASKS": 9, "SLURM_NNODES": 5, "SLURM_TASKS_PER_NODE": 5, "SLURM_CPUS_PER_TASK": 8}
 OUTER |= {"SLURM_GPUS": 5, "SLURM_GPUS_ON_NODE": 5, "SLURM_CPU_BIND": "quiet,mask_cpu:0x2"}
-OUTER |= {"SLURM_MEM_PER_CPU": 5, "SLURM_MEM_PER_NODE": 7, "SLURM_DISTRIBUTION": "plane=3"}
+OUTER |= {"SLURM_MEM_PER_CPU": 5, "SLURM_MEM_PER_NODE": 7, "SLURM_HINT": "nomultithread"}
 
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory):
     """A folder with the file system of the Dockerfile's base image, and this environment's packages."""
+    need_slurm()
     need("ch-run", "charliecloud")
     folder, archive = tmp_path_factory.mktemp("container"), os.environ.get("MNIST_BASE_IMAGE_TAR")
     if not archive:
@@ -47,7 +48,6 @@ def image(tmp_path_factory):
 @pytest.fixture(scope="module")
 def slurm(image, tmp_path_factory):
     """A cluster, which is started after the image is there: its nodes do not see later mounts."""
-    need_slurm()
     with Slurm(tmp_path_factory.mktemp("slurm")) as slurm:
         yield slurm
 

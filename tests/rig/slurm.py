@@ -2,7 +2,7 @@
 
     with Slurm(folder) as slurm:
         job = slurm.sbatch(project, "slurm/mnist.sbatch", "--epochs", 2)
-        assert job.ended() == "COMPLETED", job.log
+        assert job.ended() == ("COMPLETED", 0), job.log
         slurm.nodes["node2"].kill()
 
 Needs root, iproute2 and Debian's packages slurmctld, slurmd, slurm-client and munge. Nothing outside `folder`
@@ -79,21 +79,21 @@ class Slurm(Network):
         super().__init__(name, [SimpleNamespace(name=f"{name}-{node}", service=node, variables={})
                                 for node in ("head", *NODES)])  # fmt: skip
         self.head, *nodes = self.hosts
-        self.nodes = {node.service: node for node in nodes}
+        self.nodes, self.daemons = {node.service: node for node in nodes}, []
 
     def __enter__(self):
         super().__enter__()
         try:
             self.configure()
-            self.munge = self.serve("munge", "munged", "--foreground", "--force", *(
+            self.daemons.append(self.serve("munge", "munged", "--foreground", "--force", *(
                 f"--{what}={self.folder}/munge.{what.split('-')[0]}"
                 for what in ("socket", "key-file", "pid-file", "seed-file", "log-file")
-            ))  # fmt: skip
+            )))  # fmt: skip
             self.wait(lambda: (self.folder / "munge.socket").exists())
-            self.daemons = [self.serve("head", *self.on(self.head, "slurmctld", "-D"))]
+            self.daemons.append(self.serve("head", *self.on(self.head, "slurmctld", "-D")))
             for name in self.nodes:
                 self.start_node(name)
-            self.wait(lambda: self("sinfo", "-h", "-N", "-o", "%T").split().count("idle") >= len(NODES))
+            self.wait(lambda: set(self("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == set(NODES))
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -102,8 +102,8 @@ class Slurm(Network):
     def __exit__(self, *error):
         for host in self.hosts:
             host.kill()
-        if hasattr(self, "munge"):
-            self.munge.kill_all()
+        for daemon in self.daemons:
+            daemon.kill_all()
         return super().__exit__(*error)
 
     def configure(self):
@@ -119,6 +119,7 @@ class Slurm(Network):
         (self.folder / "state").mkdir()
 
     def serve(self, name, *command):
+        """Start a daemon. It prints to a file of that name."""
         environment = clean_environment(SLURM_CONF=self.folder / "slurm.conf")
         return Process(command, self.folder / f"{name}.log", env=environment, cwd=self.folder)
 
@@ -146,6 +147,7 @@ class Slurm(Network):
         return done.stdout
 
     def wait(self, happened, timeout=120):
+        """Wait until `happened()`."""
         limit = time.monotonic() + timeout
         while not happened():
             assert time.monotonic() < limit, f"waited {timeout} s"
