@@ -499,7 +499,7 @@ exec {program} "$command" "$@"
 # These are run where there is what they need: a registry, or the packages of the example.
 ELSEWHERE = {"A trainer of your own": "test_question_answering"}
 ELSEWHERE |= {"Share": "test_registry", "Without an engine": "test_registry"}
-MISSING = {"PyTorch's package index", "a GPU", "Apptainer", "a cluster", "the hub and a GPU"}
+MISSING = {"PyTorch's package index", "a GPU", "a cluster", "the hub and a GPU"}
 
 # What the commands of a chapter print, when they do what they should.
 PRINTED = {
