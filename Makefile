@@ -95,4 +95,4 @@ system-packages:
 	command -v chromium || command -v google-chrome || apt-get install -y -qq --no-install-recommends chromium
 	for package in docker-registry podman skopeo; do command -v $$package || apt-get install -y -qq --no-install-recommends $$package || exit; done
 	command -v kubectl || apt-get install -y -qq --no-install-recommends kubernetes-client
-	command -v slurmctld || apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge charliecloud
+	command -v slurmctld > /dev/null && command -v ch-run || apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge charliecloud

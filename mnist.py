@@ -455,7 +455,8 @@ class Job(Alone):
         if not env.get("MASTER_ADDR"):
             raise ValueError("the variable MASTER_ADDR must be the name or address of rank 0's machine")
         local_rank = variable("LOCAL_RANK", 0, size - 1) if "LOCAL_RANK" in env else 0
-        started = "by torchrun" if "LOCAL_RANK" in env else "in a pod of a PyTorchJob"
+        started = "by a batch system" if "LOCAL_RANK" in env else "in a pod of a PyTorchJob"
+        started = "by torchrun" if dist.is_torchelastic_launched() else started
         return cls(started, variable("RANK", 0, size - 1), size, local_rank, f"{env['MASTER_ADDR']}:{port}")
 
     @contextmanager
@@ -487,7 +488,7 @@ class Job(Alone):
         try:
             # Pods start minutes apart, and by default only rank 0 waits for all. The others would soon give
             # up. But those that torchrun starts do so together.
-            patience = limit if "LOCAL_RANK" in os.environ else 10 * limit
+            patience = limit if dist.is_torchelastic_launched() else 10 * limit
             store, rank, size = next(dist.rendezvous("env://", timeout=patience))
             store.set(f"here/{rank}", "")
             store.wait([f"here/{other}" for other in range(size)])
@@ -602,7 +603,7 @@ def count_to_launch(args):
     env, processes = os.environ, args.num_processes
     if "LOCAL_RANK" in env:  # torchrun has started this process
         if processes > 1 and "MNIST_LAUNCHER" not in env:
-            raise ValueError("--num-processes does not go with torchrun: use its own --nproc-per-node")
+            raise ValueError("--num-processes does not go with a launcher, which has its own way to say that")
         return None
     # A pod needs torchrun if its operator asks for several processes (PET_NPROC_PER_NODE), or sets
     # PET_NNODES and no RANK. With a RANK, "auto" is one process, or one for each accelerator.

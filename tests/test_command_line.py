@@ -166,7 +166,7 @@ def test_a_wrong_number_from_an_operator_is_named(refuse_variables, name, value)
 @pytest.mark.parametrize(
     "variables, sentence",
     [
-        (JOB, "--num-processes does not go with torchrun"),
+        (JOB, "--num-processes does not go with a launcher"),
         (JOB | {"LOCAL_RANK": ""}, "--num-processes is for one machine"),
         ({"PET_NNODES": "2"}, "--num-processes is for one machine"),
     ],

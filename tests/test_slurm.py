@@ -99,7 +99,7 @@ def test_each_gpu_has_a_process_whatever_an_outer_allocation_had(submit, clone):
     folder = "output/by the flag"
     job = submit("--nodes=1", "--partition=gpus", SCRIPT, *FLAGS, "--output-dir", folder, **OUTER)
     assert job.ended() == ("COMPLETED", 0), job.log
-    assert job.log.startswith("Started by torchrun: rank 0 of 2, ") and ", 1 threads" in job.log
+    assert job.log.startswith("Started by a batch system: rank 0 of 2, ") and ", 1 thread, " in job.log
     assert len(metrics(clone / folder)) == 1
 
 
@@ -149,7 +149,7 @@ def test_a_process_alone_uses_all_cpus_and_has_saved_when_its_job_is_cancelled(s
     slurm("scancel", job.number)
     assert job.ended()[0] == "CANCELLED"
     slurm.wait(lambda: "Stopped by a signal. " in job.log)
-    assert job.log.startswith("Started by torchrun: rank 0 of 1, ")
+    assert job.log.startswith("Started by a batch system: rank 0 of 1, ")
     assert f", {min(2, os.cpu_count())} threads" in job.log
     assert (clone / "output/cancelled/checkpoint.pt").exists()
     assert str(job.number) not in slurm("squeue", "--noheader", "--format=%i").split()

@@ -25,7 +25,16 @@ def skip(reason):
 
 def clean_environment(**changes):
     """Return this process's environment without anything that would make the trainer part of a job."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PET_", "TORCHELASTIC_")
+    ours = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "PET_",
+        "TORCHELASTIC_",
+        "SLURM_",
+    )
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     return environment | {"PYTHONUNBUFFERED": "1"} | {k: str(v) for k, v in changes.items()}
 
