@@ -387,9 +387,9 @@ def token_server(folder, rights):
             query = parse_qs(urlsplit(self.path).query)
             password = base64.b64decode(self.headers.get("Authorization", "").removeprefix("Basic "))
             user = password.decode().partition(":")[0]
-            asked.append((user, *query["scope"][0].split()))
+            asked.append((user, *query["scope"]))
             access = []
-            for scope in query["scope"][0].split():
+            for scope in query["scope"]:
                 kind, name, actions = scope.split(":")
                 allowed = [action for action in actions.split(",") if action in rights.get(user, ())]
                 access.append({"type": kind, "name": name, "actions": allowed})
