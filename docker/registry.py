@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import ssl
 from collections import namedtuple
 from pathlib import Path
@@ -72,9 +73,15 @@ class Client(requests.Session):
         loopback = re.fullmatch(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", host)
         self.host, self.login, self.authorization = host, find_login(host), {}
         self.trust_env, self.auth = not loopback, lambda request: request  # no proxy there; never ~/.netrc
-        trusted = [*Path("/etc/docker/certs.d", host).glob("*.crt"), os.environ.get("REQUESTS_CA_BUNDLE")]
-        trusted += [*ssl.get_default_verify_paths()[:2], True]  # SSL_CERT_FILE, or else the system's
-        self.verify = not loopback and verify and next(filter(None, trusted))
+        self.verify = not loopback and verify and (ssl.get_default_verify_paths().cafile or True)
+        context = ssl.create_default_context()  # trusts SSL_CERT_FILE, or else what the system trusts
+        context.check_hostname = bool(self.verify)
+        dockers = Path("/etc/docker/certs.d", host).glob("*.crt")
+        for file in filter(None, [os.environ.get("REQUESTS_CA_BUNDLE"), *dockers]):
+            context.load_verify_locations(file)
+        brief = [(socket.SOL_SOCKET, socket.SO_SNDBUF, 250_000)]  # what is sent is nearly there
+        for scheme in ("http://", "https://"):
+            self.get_adapter(scheme).init_poolmanager(9, 9, ssl_context=context, socket_options=brief)
         self.address = f"https://{HUB[1] if host in HUB else host}/v2/"
         if not self.verify:  # docker's rule for loopback: any certificate will do, or none and http
             requests.packages.urllib3.disable_warnings()
@@ -133,6 +140,6 @@ class Client(requests.Session):
             answer = self.ask("POST", f"{image.path}/blobs/uploads/")
             url = urljoin(answer.url, answer.headers["Location"])
             url += f"{'&' if '?' in url else '?'}digest={digest}"
-        if not there:  # the registry may have to store much before it answers
-            self.ask("PUT", url, file, 60 + size / 50_000, headers={"Content-Type": kind})
+        if not there:  # when all is sent, up to a megabyte may still be on its way
+            self.ask("PUT", url, file, 60 + min(size, 1e6) / 1e4, headers={"Content-Type": kind})
         return {"mediaType": kind, "digest": digest, "size": size}

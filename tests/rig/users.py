@@ -1,4 +1,4 @@
-"""Engines for which somebody has another number inside a container than outside, each in a world of its own."""
+"""Engines for which a person has another number inside a container than outside."""
 
 import os
 import shutil
@@ -12,12 +12,13 @@ from tests.rig.project import ROOT
 
 PERSON = 1234
 # How each is started. The files in /etc, which say whose numbers are whose, are seen in this script only.
-DAEMON = "dockerd --host unix://$PWD/run/socket --group 1234 --data-root $PWD/home/data --exec-root $PWD/run/exec"
-DAEMON += " --pidfile $PWD/run/pid --iptables=false --ip-forward=false --bridge=none >$PWD/run/log 2>&1"
-ROOTLESS = "rootlesskit --net=host --copy-up=/etc --copy-up=/run --propagation=rslave --state-dir=$PWD/run/kit"
+DAEMON = "dockerd --host unix://$PWD/run/socket --group 1234 --pidfile $PWD/run/pid --bridge=none"
+DAEMON += " --data-root $PWD/home/data --exec-root $PWD/run/exec --iptables=false --ip-forward=false"
+LOG = ">$PWD/run/log 2>&1"
+ROOTLESS = "rootlesskit --net=host --copy-up=/etc --copy-up=/run --state-dir=$PWD/run/kit"
 ENGINES = {
-    "docker without root": f'person {ROOTLESS} sh -c "rm -f /run/docker /run/containerd; exec {DAEMON}" &',
-    "docker with other users": f"{DAEMON} --userns-remap=person &",
+    "docker without root": f'person {ROOTLESS} sh -c "rm -f /run/containerd; exec {DAEMON} {LOG}" &',
+    "docker with other users": f"{DAEMON} --userns-remap=person {LOG} &",
     "podman called docker": "printf '#!/bin/sh\nexec podman \"$@\"\n' >bin/docker; chmod 755 bin/docker",
 }
 SCRIPT = """
@@ -29,7 +30,7 @@ person() {
 home=$PWD/home
 ENGINE
 for _ in $(seq 150); do ! person docker info >/dev/null 2>&1 || break; sleep 0.2; done
-person docker import --change 'USER 1000:0' tiny.tar localhost/tiny >/dev/null 2>&1 || { cat run/log; exit 1; }
+person docker import --change 'USER 1000:0' tiny.tar localhost/tiny >run/import 2>&1 || cat run/import run/log
 cd project
 person "$@"
 """
@@ -79,7 +80,11 @@ def run_where_numbers_differ(engine, *command, timeout=120):
             text=True,
             timeout=timeout,
         )
-        return run.returncode, run.stdout, {path.stat().st_uid for path in folder.rglob("project/output/**/*")}
+        return (
+            run.returncode,
+            run.stdout,
+            {path.stat().st_uid for path in folder.rglob("project/output/**/*")},
+        )
     finally:
         shutil.rmtree(folder)
 
