@@ -20,8 +20,7 @@ ENTRYPOINT = ["dumb-init", "--single-child", "--", "sh", "-c", 'exec python "$TR
 SETTINGS = {"Entrypoint": ENTRYPOINT, "Cmd": None, "User": "1000:0", "WorkingDir": "/app"}
 SETTINGS |= {"StopSignal": "SIGTERM", "Healthcheck": {"Test": ["NONE"]}}  # all as in the Dockerfile
 INIT = Path(sys.executable).with_name("dumb-init")
-# Only MNIST's own files, because an image shows everybody what is in it.
-DATA = r"app/datasets(/README.md|/MNIST(/raw(/SHA256SUMS|/(train|t10k)-\w+-idx[13]-ubyte(.gz)?)?)?)?"
+PUBLIC = r"app/datasets(/README.md|/MNIST(/raw(/SHA256SUMS|/(train|t10k)-\w+-idx[13]-ubyte(.gz)?)?)?)?"
 
 
 def runs_on(found):
@@ -47,10 +46,10 @@ def share(registry, base, image, layers):
 
 
 def settle(entry):
-    """Give an entry of a tar file to root, and date it 1970, so the same files make the same layer."""
+    """Give an entry of a layer to root, and date it 1970. Of data, only the public files may be in it."""
     entry.mode = 0o775 if entry.name == "app/output" else 0o755 if entry.mode & 0o100 else 0o644
     entry.uid, entry.gid, entry.uname, entry.gname, entry.mtime = 0, 0, "", "", 0
-    return entry if re.fullmatch(DATA, entry.name) or not entry.name.startswith("app/datasets") else None
+    return entry if re.fullmatch(PUBLIC, entry.name) or not entry.name.startswith("app/datasets") else None
 
 
 def append(registry, base, image, wanted, trainer, data):

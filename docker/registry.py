@@ -33,12 +33,12 @@ def parse(text):
 
 def find_login(host):
     """Return what docker knows of you: username, password, identitytoken, why not. Raises ValueError."""
-    source, login = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker", "config.json"), {}
-    names = HUB if host in HUB else [host]
+    source, login = Path(os.getenv("DOCKER_CONFIG") or Path.home() / ".docker", "config.json"), {}
     try:
         config = json.loads(source.read_text("utf-8-sig")) if source.exists() else {}
         known = [config.get("auths") or {}, config.get("credHelpers") or {}]  # under any address on a host
         known = [{re.sub("^https?://|/.*", "", key): part[key] for key in part} for part in known]
+        names = HUB if host in HUB else [host]
         login, helper = (next(filter(None, map(part.get, names)), {}) for part in known)
         login, helper = dict(login), helper or config.get("credsStore")
         if login.get("auth"):
@@ -56,15 +56,6 @@ def find_login(host):
         raise ValueError(f"{source} has no password in docker's form: {error!r}") from error
 
 
-def explain(error):
-    """Return the first cause of an error, and perhaps what to do about it."""
-    while error.__context__:
-        error = error.__context__
-    if isinstance(error, ssl.SSLError):
-        return f"{error}; SSL_CERT_FILE may name its certificate, --tls-verify=false takes any, or http"
-    return "it stalls: for a minute, nothing was sent or said" if isinstance(error, TimeoutError) else error
-
-
 class Client(requests.Session):
     """The registry at `host`; its methods raise ValueError, with a sentence, if it refuses something."""
 
@@ -73,11 +64,11 @@ class Client(requests.Session):
         loopback = re.fullmatch(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", host)
         self.host, self.login, self.authorization = host, find_login(host), {}
         self.trust_env, self.auth = not loopback, lambda request: request  # no proxy there; never ~/.netrc
-        self.verify = not loopback and verify and (ssl.get_default_verify_paths().cafile or True)
+        known = os.getenv("REQUESTS_CA_BUNDLE") or ssl.get_default_verify_paths().cafile or True
+        self.verify = not loopback and verify and known
         context = ssl.create_default_context()  # trusts SSL_CERT_FILE, or else what the system trusts
         context.check_hostname = bool(self.verify)
-        dockers = Path("/etc/docker/certs.d", host).glob("*.crt")
-        for file in filter(None, [os.environ.get("REQUESTS_CA_BUNDLE"), *dockers]):
+        for file in Path("/etc/docker/certs.d", host).glob("*.crt"):
             context.load_verify_locations(file)
         brief = [(socket.SOL_SOCKET, socket.SO_SNDBUF, 250_000)]  # what is sent is nearly there
         for scheme in ("http://", "https://"):
@@ -100,17 +91,20 @@ class Client(requests.Session):
         try:
             answer = self.request(method, url, data=data, **options)
         except requests.RequestException as error:
-            raise ValueError(f"no registry answers at {urlsplit(url).netloc}: {explain(error)}") from error
-        code, where = answer.status_code, urlsplit(answer.url)
-        if code == 401 and again and answer.url.startswith(self.address):
+            while error.__context__:
+                error = error.__context__  # the first cause
+            why = "it stalls: in a minute, nothing went through" if isinstance(error, TimeoutError) else error
+            hint = "; see SSL_CERT_FILE and --tls-verify" if isinstance(error, ssl.SSLError) else ""
+            raise ValueError(f"no registry answers at {urlsplit(url).netloc}: {why}{hint}") from error
+        if (code := answer.status_code) == 401 and again and answer.url.startswith(self.address):
             self.authorization = self.authorize(answer.headers.get("Www-Authenticate", ""))
             return self.ask(method, url, data, limit, False, headers)
         if code < 400 or (method, code) == ("HEAD", 404):
             return answer
         why = ", ".join(re.findall(r'"message": *"([^"]+)', answer.text)) or f"{code} {answer.reason}"
-        hint = f"; docker login {self.host} may help{self.login.get('why', '')}" if 400 < code < 405 else ""
-        path = where.path.removeprefix("/v2/").replace("/manifests/", ":")
-        raise ValueError(f"{where.netloc} says of {path}: {why}{hint}")
+        why += f"; docker login {self.host} may help{self.login.get('why', '')}" if 400 < code < 405 else ""
+        name = re.sub(r"^https?://|\?.*", "", answer.url).replace("/v2/", " says of ")
+        raise ValueError(f"{name.replace('/manifests/', ':')}: {why}")
 
     def authorize(self, challenge):
         """Return the header that is asked for: with the password, or with a token for this request."""
@@ -119,13 +113,13 @@ class Client(requests.Session):
         basic, asked = basic if password else {}, dict(re.findall(r'(\w+)="([^"]*)"', challenge))
         if "bearer " not in challenge.lower():
             return basic
-        realm, scope, form = asked.get("realm"), asked.get("scope", ""), {"service": asked.get("service")}
+        form = {"service": asked.get("service"), "scope": asked.get("scope", "").split()}
         if token:  # it is swapped for one that is valid for minutes
             form |= {"grant_type": "refresh_token", "refresh_token": token, "client_id": "append.py"}
-            given = self.ask("POST", realm, form | {"scope": scope}, again=False).json()
+            form["scope"] = " ".join(form["scope"])
+            given = self.ask("POST", asked.get("realm"), form, again=False).json()
         else:
-            form["scope"] = scope.split()
-            given = self.ask("GET", realm, again=False, headers=basic, params=form).json()
+            given = self.ask("GET", asked.get("realm"), again=False, headers=basic, params=form).json()
         return {"Authorization": f"Bearer {given.get('token') or given['access_token']}"}
 
     def push(self, image, file, kind):
