@@ -367,8 +367,6 @@ def test_whoever_gives_up_waiting_says_so_and_points_at_the_warnings(waiting, ca
         with pytest.raises(RuntimeError, match=r"1 minutes, but: no state yet; see the warnings above$"):
             waiting(cluster, "Running", "Succeeded", minutes=1)
     assert capsys.readouterr().out.count("Warning: FailedCreatePod: ") == 1
-    with ApiServer(running=99) as cluster, pytest.raises(RuntimeError, match=r"minutes, but: Running$"):
-        waiting(cluster, "Succeeded", minutes=1)
 
 
 def test_the_job_has_the_name_that_kubectl_gave_it():
