@@ -208,8 +208,9 @@ class ApiServer:
 def event(uid, reason, message):
     """Return an event about the job with an ID."""
     about = {"kind": "PyTorchJob", "name": "pytorchjob-mnist", "namespace": "default", "uid": uid}
-    more = {"metadata": {"name": reason.lower(), "namespace": "default"}, "lastTimestamp": TIME}
-    return more | {"type": "Warning", "reason": reason, "message": message, "involvedObject": about}
+    metadata = {"name": reason.lower(), "namespace": "default", "creationTimestamp": TIME}
+    said = {"type": "Warning", "reason": reason, "message": message}
+    return {"metadata": metadata, "involvedObject": about} | said
 
 
 def has_fields(item, selector=""):
