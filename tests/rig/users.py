@@ -14,10 +14,11 @@ PERSON = 1234
 # How each is started. The files in /etc, which say whose numbers are whose, are seen in this script only.
 DAEMON = "dockerd --host unix://$PWD/run/socket --group 1234 --pidfile $PWD/run/pid --bridge=none"
 DAEMON += " --data-root $PWD/home/data --exec-root $PWD/run/exec --iptables=false --ip-forward=false"
+OWN = "rm -f /run/docker /run/containerd"  # links to those of the machine
 LOG = ">$PWD/run/log 2>&1"
 ROOTLESS = "rootlesskit --net=host --copy-up=/etc --copy-up=/run --state-dir=$PWD/run/kit"
 ENGINES = {
-    "docker without root": f'person {ROOTLESS} sh -c "rm -f /run/containerd; exec {DAEMON} {LOG}" &',
+    "docker without root": f'person {ROOTLESS} sh -c "{OWN}; exec {DAEMON} {LOG}" &',
     "docker with other users": f"{DAEMON} --userns-remap=person {LOG} &",
     "podman called docker": "printf '#!/bin/sh\nexec podman \"$@\"\n' >bin/docker; chmod 755 bin/docker",
 }
