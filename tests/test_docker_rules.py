@@ -341,9 +341,9 @@ def test_an_interrupted_upload_is_one_sentence(registry, base, project):
 def test_memory_does_not_grow_with_the_data(registry, base, project):
     (project / "data" / DIGITS).parent.mkdir(parents=True)
     with open(project / "data" / DIGITS, "wb") as file:
-        file.truncate(200_000_000)
+        file.truncate(150_000_000)
     command = [sys.executable, APPEND, "--base", base, "--image", f"{registry}/you/mnist:large"]
-    limited = ["bash", "-c", 'ulimit -v 250000; exec "$@"', "bash", *command, "--data", "data"]
+    limited = ["bash", "-c", 'ulimit -v 150000; exec "$@"', "bash", *command, "--data", "data"]
     run = subprocess.run(limited, cwd=project, env=clean_environment(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
