@@ -370,7 +370,7 @@ def token_server(folder, rights):
             query["scope"] = query["scope"][0].split()
             self.give(query, query["refresh_token"][0].removeprefix("identity of "), "access_token")
 
-        def give(self, query, user, kind):
+        def give(self, query, user, field):
             asked.append((user, *query["scope"]))
             access = []
             for scope in query["scope"]:
@@ -389,7 +389,7 @@ def token_server(folder, rights):
             token = encoded({"typ": "JWT", "alg": "RS256", "x5c": [pem]}) + b"." + encoded(claims)
             sign = ["openssl", "dgst", "-sha256", "-sign", key]
             signature = subprocess.run(sign, input=token, check=True, capture_output=True).stdout
-            answer = json.dumps({kind: (token + b"." + encoded(signature)).decode()}).encode()
+            answer = json.dumps({field: (token + b"." + encoded(signature)).decode()}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
