@@ -9,10 +9,11 @@ WORKDIR /app
 ENV HOME=/tmp PYTHONUNBUFFERED=1
 
 # uv installs the packages, and is in neither image. dumb-init is a single file, and goes into both.
-# UV_DEFAULT_INDEX names another package index.
+# UV_DEFAULT_INDEX names another package index. A Python of Debian's own would have packages come from apt only.
 FROM python AS uv
 ARG UV_DEFAULT_INDEX
-RUN PIP_INDEX_URL="${UV_DEFAULT_INDEX}" pip install --no-cache-dir uv==0.13.8 dumb-init==1.2.5.post1
+RUN PIP_BREAK_SYSTEM_PACKAGES=1 PIP_INDEX_URL="${UV_DEFAULT_INDEX}" \
+    pip install --no-cache-dir uv==0.13.8 dumb-init==1.2.5.post1
 
 # UV_TORCH_BACKEND chooses the build of PyTorch: by default you get CUDA, and cpu is far smaller.
 # Byte-code is compiled now, because only root could store it later.
@@ -25,8 +26,9 @@ ARG VERSIONS=requirements.txt
 COPY --chmod=644 ${REQUIREMENTS} requirements.in
 COPY --chmod=644 ${VERSIONS} requirements.txt
 RUN --mount=from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
-    uv pip install --system --system-certs --no-cache --compile-bytecode \
-    -r requirements.in -c requirements.txt && rm -f /tmp/uv-*.lock
+    uv pip install --system --break-system-packages --system-certs --no-cache --compile-bytecode \
+    -r requirements.in -c requirements.txt && rm -f /tmp/uv-*.lock && \
+    { command -v python || ln -s "$(command -v python3)" /usr/local/bin/python; }
 
 # The digits: packed for the notebook, unpacked for the trainer, and the checksums with which it compares them.
 # A trainer that does not need them is built with DATA=nothing.
@@ -48,7 +50,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends libtk8.6 && rm 
 ARG UV_DEFAULT_INDEX
 COPY --chmod=644 requirements.in ./
 RUN --mount=from=uv,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
-    uv pip install --system --system-certs --no-cache --compile-bytecode \
+    uv pip install --system --break-system-packages --system-certs --no-cache --compile-bytecode \
     -r requirements.in -c requirements.txt && rm -f /tmp/uv-*.lock
 COPY --from=data /app/datasets datasets
 # The notebook writes the trainer and the manifest, so any user in group 0 may change them.
@@ -75,6 +77,9 @@ ARG TRAINER=mnist.py
 ENV TRAINER=${TRAINER}
 COPY --chmod=644 ${TRAINER} ${TRAINER}
 USER 1000:0
+# Whatever the base image says of these: a healthy trainer answers to nobody, and is stopped by SIGTERM.
+STOPSIGNAL SIGTERM
+HEALTHCHECK NONE
 # A container's first process ignores signals that it does not handle, and inherits all orphans. So it is an
 # init. It passes signals on to the trainer only, which tells its own processes what to do.
 ENTRYPOINT ["dumb-init", "--single-child", "--", "sh", "-c", "exec python \"$TRAINER\" \"$@\"", "sh"]

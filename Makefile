@@ -87,12 +87,14 @@ requirements: .venv/uv
 
 # For the tests that pip alone cannot provide for. Debian and Ubuntu; needs root. Newer ones than Debian 12 have
 # docker's client and its builder in packages of their own.
+# Where another apt is at work, this one waits for it.
+APT = apt-get -o DPkg::Lock::Timeout=300
 system-packages:
-	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends iproute2 iptables xvfb
-	command -v dockerd || docker info > /dev/null 2>&1 || apt-get install -y -qq --no-install-recommends docker.io $$(apt-cache pkgnames docker- | grep -xE 'docker-(cli|buildx)')
-	command -v runc || apt-get install -y -qq --no-install-recommends runc
-	command -v chromium || command -v google-chrome || apt-get install -y -qq --no-install-recommends chromium
-	for package in docker-registry podman skopeo; do command -v $$package || apt-get install -y -qq --no-install-recommends $$package || exit; done
-	command -v kubectl || apt-get install -y -qq --no-install-recommends kubernetes-client
-	command -v slurmctld > /dev/null && command -v ch-run || apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge charliecloud
+	for wait in 5 20 60 120 0; do $(APT) update -qq && break || sleep $$wait; done
+	$(APT) install -y -qq --no-install-recommends iproute2 iptables xvfb rootlesskit uidmap
+	command -v dockerd || docker info > /dev/null 2>&1 || $(APT) install -y -qq --no-install-recommends docker.io $$(apt-cache pkgnames docker- | grep -xE 'docker-(cli|buildx)')
+	command -v runc || $(APT) install -y -qq --no-install-recommends runc
+	command -v chromium || command -v google-chrome || $(APT) install -y -qq --no-install-recommends chromium
+	for package in docker-registry podman skopeo; do command -v $$package || $(APT) install -y -qq --no-install-recommends $$package || exit; done
+	command -v kubectl || $(APT) install -y -qq --no-install-recommends kubernetes-client
+	command -v slurmctld > /dev/null && command -v ch-run || $(APT) install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge charliecloud

@@ -1,117 +1,111 @@
-"""Add a trainer to an image in a registry, and push the result, within seconds, without an engine or root.
-
-    python docker/append.py --base registry.example.org/you/mnist:1 --image registry.example.org/you/mnist:2
-
-An image is a list of layers, which are tar files, and a configuration that says what to start. So one more
-layer and a changed configuration make a new image. The layers below it stay in the registry. The formats:
-https://github.com/opencontainers/image-spec
-"""
+"""Add a trainer to an image in a registry, and push the result, within seconds, without an engine or root."""
 
 import argparse
-import hashlib
 import json
-import os
 import platform
+import re
 import sys
 import tarfile
-from pathlib import Path
+from io import BytesIO
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-try:
-    from oras.oci import NewLayer
-    from registry import Client, parse
-except ModuleNotFoundError as error:
-    sys.exit(f"append.py: {error}: try {sys.executable} -m pip install oras dumb-init")
+from registry import Client, parse
 
-MACHINES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64"}
-PLATFORM = f"linux/{MACHINES.get(platform.machine(), platform.machine())}"
-# The same as in the Dockerfile: a test compares them.
-VARIABLES = {"HOME": "/tmp", "PYTHONUNBUFFERED": "1", "TRAINER": "mnist.py"}
+OCI, DOCKER = "application/vnd.oci.image", "application/vnd.docker.distribution.manifest"
+KINDS = {"Accept": f"{OCI}.index.v1+json, {OCI}.manifest.v1+json, {DOCKER}.list.v2+json, {DOCKER}.v2+json"}
+PLATFORM = ("os", "architecture", "variant")
+SAME = {"x86_64": "amd64", "aarch64": "arm64", "/v8": "", "armv7l": "arm/v7", "arm": "arm/v7"}
 ENTRYPOINT = ["dumb-init", "--single-child", "--", "sh", "-c", 'exec python "$TRAINER" "$@"', "sh"]
 SETTINGS = {"Entrypoint": ENTRYPOINT, "Cmd": None, "User": "1000:0", "WorkingDir": "/app"}
+SETTINGS |= {"StopSignal": "SIGTERM", "Healthcheck": {"Test": ["NONE"]}}  # all as in the Dockerfile
 INIT = Path(sys.executable).with_name("dumb-init")
+PUBLIC = r"app/datasets(/README.md|/MNIST(/raw(/SHA256SUMS|/(train|t10k)-\w+-idx[13]-ubyte(.gz)?)?)?)?"
 
 
-def read(registry, image, wanted):
-    """Return an image's manifest and configuration, for the wanted platform if there are several."""
-    manifest = registry.get_manifest(image)
-    for each in manifest.get("manifests", []):
-        runs_on = each.get("platform") or {}
-        if f"{runs_on.get('os')}/{runs_on.get('architecture')}" == wanted:
-            image.digest = each["digest"]
-            return read(registry, image, wanted)
-    config = registry.get_blob(image, manifest["config"]["digest"]).json() if "config" in manifest else {}
-    if f"{config.get('os')}/{config.get('architecture')}" != wanted:
-        raise ValueError(f"{image} is not for {wanted}: see --platform")
-    config["config"] = config.get("config") or {}
-    return manifest, config
+def runs_on(found):
+    """Return a platform's name as docker has it: linux/arm64 for linux/aarch64 and for linux/arm64/v8."""
+    name = "/".join(found[key] for key in PLATFORM if found.get(key)).lower()
+    return re.sub("x86_64|aarch64|/v8|armv7l|arm$", lambda match: SAME[match[0]], name)
+
+
+def share(registry, base, image, layers):
+    """Let the image have the base's layers, too. Returns the symbolic links in all that are small."""
+    links = {}
+    for layer in layers:
+        kind, digest = layer["mediaType"], layer["digest"]
+        layer["mediaType"] = kind.replace("docker.image.rootfs.diff.tar.", "oci.image.layer.v1.tar+")
+        mount = f"{image.path}/blobs/uploads/?mount={digest}&from={base.path}"
+        blob = f"{image.path}/blobs/{digest}"
+        if not registry.ask("HEAD", blob).ok and registry.ask("POST", mount).status_code != 201:
+            raise ValueError(f"{base.host} has no layer {digest} for {image.text}: push {base.text} again")
+        if layer["size"] < 1_000_000 and not kind.endswith("zstd"):
+            with tarfile.open(fileobj=BytesIO(registry.ask("GET", blob).content)) as tar:
+                links |= {entry.name.strip("./"): entry.issym() for entry in tar}
+    return {name for name, is_link in links.items() if is_link}
 
 
 def settle(entry):
-    """Give an entry of a tar file to root, and date it 1970, so the same files make the same layer."""
+    """Give an entry of a layer to root, and date it 1970. Of data, only the public files may be in it."""
     entry.mode = 0o775 if entry.name == "app/output" else 0o755 if entry.mode & 0o100 else 0o644
     entry.uid, entry.gid, entry.uname, entry.gname, entry.mtime = 0, 0, "", "", 0
-    return entry
+    return entry if re.fullmatch(PUBLIC, entry.name) or not entry.name.startswith("app/datasets") else None
 
 
-def change(config, digest):
-    """Add a layer and the trainer's settings to a configuration."""
-    settings = config["config"]
-    variables = dict(each.partition("=")[::2] for each in settings.get("Env") or []) | VARIABLES
-    settings.update(SETTINGS, Env=[f"{name}={value}" for name, value in variables.items()])
-    layers = config["rootfs"]["diff_ids"]
-    config["history"] = config.get("history") or [{} for _ in layers]
-    config["history"].append({"created": config.get("created"), "created_by": "docker/append.py"})
-    layers.append(digest)
-
-
-def append(registry, base, image, wanted, files):
-    """Push `image`: `base` and {name: file, folder, or None for an empty folder}. Returns its digest."""
-    manifest, config = read(registry, base, wanted)
-    mount = f"{registry.address}v2/{image.api_prefix}/blobs/uploads/?from={base.api_prefix}&mount="
-    for layer in manifest["layers"]:  # the registry has it, but perhaps only under another name
-        kind = layer["mediaType"].replace("docker.image.rootfs.diff", "oci.image.layer.v1")
-        layer["mediaType"] = kind.replace("tar.", "tar+")
-        there = registry.blob_exists(layer, image)
-        if not there and registry.do_request(mount + layer["digest"], "POST").status_code != 201:
-            raise ValueError(f"{image.registry} shares no layers: let --image be another tag of {base}")
-    if "dumb-init" not in (config["config"].get("Entrypoint") or []):
-        if not INIT.exists():
-            raise ValueError(f"{base} has no dumb-init, nor has this Python: pip install dumb-init")
+def append(registry, base, image, wanted, trainer, data):
+    """Push `image`: the base with a trainer in place of its own, and with data. Returns its digest."""
+    manifest = registry.ask("GET", f"{base.path}/manifests/{base.reference}", headers=KINDS).json()
+    for each in manifest.get("manifests", []):
+        if runs_on(each.get("platform") or {}) == wanted:
+            manifest = registry.ask("GET", f"{base.path}/manifests/{each['digest']}", headers=KINDS).json()
+    blob = manifest.get("config") and f"{base.path}/blobs/{manifest['config']['digest']}"
+    config = registry.ask("GET", blob).json() if blob else {}
+    if runs_on(config) != wanted:
+        raise ValueError(f"{base.text} is not for {wanted}: see --platform")
+    settings, layers = config.get("config") or {}, manifest["layers"]
+    variables = dict(each.partition("=")[::2] for each in ["TRAINER=mnist.py", *(settings.get("Env") or [])])
+    variables |= {"HOME": "/tmp", "PYTHONUNBUFFERED": "1"}
+    path = PurePosixPath("/app", variables["TRAINER"]).relative_to("/")
+    files = dict.fromkeys([*map(str, path.parents[-2::-1]), "app/output"])
+    for folder in share(registry, base, image, layers) & files.keys():
+        raise ValueError(f"/{folder} is a symbolic link in {base.text}: a layer would hide what is behind it")
+    files |= {str(path): trainer or variables["TRAINER"]} | ({"app/datasets": data} if data else {})
+    Path(files[str(path)]).read_bytes(), data and list(Path(data).iterdir())  # must be a file, and a folder
+    if "dumb-init" not in (settings.get("Entrypoint") or []):
+        if not INIT.exists() or wanted != runs_on({"os": "linux", "architecture": platform.machine()}):
+            raise ValueError(f"{base.text} has no dumb-init, and there is none for {wanted} here")
         files["usr/local/bin/dumb-init"] = INIT
-    with TemporaryDirectory() as folder:
-        with tarfile.open(f"{folder}/layer", "w", dereference=True) as tar:
+    with TemporaryDirectory() as folder, open(f"{folder}/layer", "w+b") as file:
+        with tarfile.open(fileobj=file, mode="w", dereference=True) as tar:
             for name, source in files.items():
-                tar.add(source or folder, name, recursive=bool(source), filter=settle)
-        manifest["layers"].append(NewLayer(f"{folder}/layer", "application/vnd.oci.image.layer.v1.tar"))
-        registry.upload_blob(f"{folder}/layer", image, manifest["layers"][-1])
-        change(config, manifest["layers"][-1]["digest"])
-        Path(folder, "config").write_text(json.dumps(config))
-        manifest["config"] = NewLayer(f"{folder}/config", "application/vnd.oci.image.config.v1+json")
-        registry.upload_blob(f"{folder}/config", image, manifest["config"])
-    manifest["mediaType"] = "application/vnd.oci.image.manifest.v1+json"
-    pushed = registry.upload_manifest(manifest, image).request.body  # last, so the tag is never half an image
-    return f"sha256:{hashlib.sha256(pushed).hexdigest()}"
+                tar.add(source or folder, name, recursive=name == "app/datasets", filter=settle)
+        file.seek(0)
+        layers.append(registry.push(image, file, f"{OCI}.layer.v1.tar"))
+    config["history"] = (config.get("history") or [{}] * (len(layers) - 1)) + [{"created_by": "append.py"}]
+    config["rootfs"]["diff_ids"].append(layers[-1]["digest"])
+    config["config"] = settings | SETTINGS | {"Env": [f"{key}={value}" for key, value in variables.items()]}
+    manifest["config"] = registry.push(image, BytesIO(json.dumps(config).encode()), f"{OCI}.config.v1+json")
+    manifest["mediaType"] = f"{OCI}.manifest.v1+json"  # last, so the tag is never half an image
+    return registry.push(image, BytesIO(json.dumps(manifest).encode()), manifest["mediaType"])["digest"]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--base", required=True, type=parse, help="image with Python and PyTorch")
-    parser.add_argument(
-        "--image", required=True, type=parse, help="name of the new one, in the same registry"
-    )
-    parser.add_argument("--trainer", default="mnist.py", help="(default: %(default)s)")
+    parser.add_argument("--base", required=True, help="image with Python and PyTorch")
+    parser.add_argument("--image", required=True, help="name of the new one, in the same registry")
+    parser.add_argument("--trainer", help="(default: the file that the base's TRAINER names, or mnist.py)")
     parser.add_argument("--data", help="folder of the digits, if the base has none")
-    parser.add_argument("--platform", default=PLATFORM, help="of the base's variants (default: %(default)s)")
+    parser.add_argument("--platform", default=f"linux/{platform.machine()}", help="of the base's variants")
+    parser.add_argument("--tls-verify", choices=["true", "false"], help="false: any certificate, or http")
     args = parser.parse_args()
-    if args.base.registry != args.image.registry:
-        parser.error(f"{args.base} and {args.image} are not in the same registry")
-    if args.image.digest:
-        parser.error("--image takes a name and a tag: the digest comes out")
-    files = {"app": None, "app/output": None, "app/mnist.py": args.trainer, "app/datasets": args.data}
     try:
-        Path(args.trainer).read_bytes(), args.data and os.listdir(args.data)  # must be a file, and a folder
-        digest = append(Client(args.image.registry), args.base, args.image, args.platform, files)
-        print(f"{args.image}@{digest}")
-    except (OSError, ValueError) as error:
-        sys.exit(f"append.py: {error}")
+        base, image = parse(args.base), parse(args.image)
+        if base.host != image.host:
+            parser.error(f"{base.text} and {image.text} are not in the same registry")
+        registry = Client(base.host, args.tls_verify != "false")
+        wanted = runs_on(dict(zip(PLATFORM, args.platform.split("/"), strict=False)))
+        print(f"{args.image}@{append(registry, base, image, wanted, args.trainer, args.data)}")
+    except (AttributeError, LookupError, TypeError, json.JSONDecodeError, tarfile.TarError) as error:
+        sys.exit(f"append.py: {base.host} answers as a proxy or a login page does, not a registry: {error!r}")
+    except (OSError, ValueError, KeyboardInterrupt) as error:
+        sys.exit(f"append.py: {str(error) or 'interrupted, and nothing is pushed under this name'}")

@@ -3,13 +3,16 @@
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from tests.rig.guide import CHAPTERS, GUIDE, run_chapter
 from tests.rig.processes import free_port, need
 from tests.rig.project import ROOT
 from tests.rig.tutorial import make_small_tutorial
+from tests.rig.users import ENGINES, run_where_numbers_differ
 
 # What a strict cluster allows: no network, no rights, nothing writable but what is named.
 STRICT = ("--network=none", "--read-only", "--tmpfs=/tmp", "--cap-drop=ALL")
@@ -82,7 +86,11 @@ def run_script(engine, project, *arguments, **changes):
 
 def finish(process, timeout=300):
     """Wait for a started program. Returns (exit code, all that it printed)."""
-    output, _ = process.communicate(timeout=timeout)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"it still ran after {timeout} s, and printed:\n{process.communicate(timeout=30)[0]}")
     return process.returncode, output
 
 
@@ -293,6 +301,9 @@ def test_whatever_the_builder_s_umask_everybody_can_read_what_is_in_the_images(e
     (context / "reader.py").write_text(
         "print(len(open('datasets/MNIST/raw/t10k-labels-idx1-ubyte', 'rb').read()))"
     )
+    for name in ("kaggle.json", ".cache/token", "MNIST/raw/other.gz"):
+        (context / "datasets" / name).parent.mkdir(exist_ok=True)
+        (context / "datasets" / name).write_text("secret")
     subprocess.run(["chmod", "--recursive", "u=rwX,go=", context], check=True)
     arguments = ["--build-arg=REQUIREMENTS=requirements-none.in", "--build-arg=TRAINER=reader.py"]
     unreadable = ("/app", "!", "-readable", "-o", "-type", "d", "!", "-executable")
@@ -300,6 +311,8 @@ def test_whatever_the_builder_s_umask_everybody_can_read_what_is_in_the_images(e
         for target in ("trainer", "notebook"):
             engine.build("mnist-private", f"--target={target}", *arguments, context=context)
             run = ("run", "--rm", "--network=none", "--user=1234:1234")
+            data = engine.must(*run, "--entrypoint=ls", "mnist-private", "-RA", "datasets").split()
+            assert "README.md" in data and not {"kaggle.json", ".cache", "other.gz"} & set(data)
             assert engine.must(*run, "--entrypoint=find", "mnist-private", *unreadable) == ""
             if target == "trainer":
                 assert engine.must(*run, "mnist-private") == "10008\n"
@@ -408,6 +421,64 @@ def test_the_script_says_what_is_wrong_with_an_option(arguments, sentence):
     assert sentence in script.stderr and script.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_results_are_the_person_s_where_an_engine_numbers_users_differently(name):
+    command = ["/bin/sh", "-c", "echo >/app/output/result; echo >/app/output/home/setting"]
+    code, log, owners = run_where_numbers_differ(
+        name, "docker/run.sh", "-d", "none", "-i", "localhost/tiny", *command
+    )
+    assert (code, owners) == (0, {1234}), log
+
+
+def test_podman_called_docker_gets_cards_in_its_own_words_or_fails():
+    """Podman 4 takes --gpus, and does nothing about it."""
+    arguments = ["docker/run.sh", "-d", "0", "-i", "localhost/tiny", "/bin/sh", "-c", "echo ran"]
+    code, log, _ = run_where_numbers_differ("podman called docker", *arguments)
+    assert code != 0 and "nvidia.com/gpu=0" in log and "ran" not in log.split()
+
+
+@pytest.mark.parametrize(
+    ("variables", "option"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "2"}, '--gpus \\"device=2\\" '),
+        ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_JOB_GPUS": "5"}, '--gpus \\"device=5\\" '),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937-d72c"}, '--gpus \\"device=GPU-8932f937-d72c\\" '),
+        ({"CUDA_VISIBLE_DEVICES": ""}, None),
+    ],
+)
+def test_the_script_takes_the_cards_that_a_batch_system_has_given(variables, option, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")  # it finds all
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    command = printed(PATH=f"{tmp_path}:{os.environ['PATH']}", **variables)
+    assert option in command if option else "--gpus" not in command
+    assert "--gpus all " in printed("-d", "all", **variables)
+
+
+def test_the_script_finds_its_project_through_a_link_and_whatever_cd_prints(tmp_path):
+    (tmp_path / "train").symlink_to(ROOT / "docker/run.sh")
+    for command in ([tmp_path / "train"], ["docker/run.sh"]):
+        environment = os.environ | {"CDPATH": "."}
+        shown = subprocess.check_output([*command, "--dry-run", "-j"], cwd=ROOT, env=environment, text=True)
+        assert f" --volume {ROOT}:/app " in shown
+
+
+def test_the_script_reaches_a_display_that_is_a_port_and_jupyterlab_stays_private():
+    command = printed("-j", "-x", DISPLAY="localhost:10.0", PORT="8889")
+    assert " --network host " in command and " --publish " not in command
+    assert command.endswith(" mnist-notebook jupyter lab --ip=127.0.0.1 --port=8889 --no-browser \n")
+    assert "--network" not in printed("-x", DISPLAY=":0")
+
+
+def test_a_folder_that_cannot_be_used_is_one_sentence_and_nothing_is_made(tmp_path):
+    said = {"a:b": "cannot be mounted, because its name has a colon", "/proc": "cannot make /proc/home"}
+    for folder, sentence in said.items():
+        script = subprocess.run(
+            [ROOT / "docker/run.sh", "-o", folder], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert script.returncode == 2 and sentence in script.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_script_explains_every_option_it_knows():
     explained = subprocess.check_output(["docker/run.sh", "-h"], cwd=ROOT, text=True)
     known = re.findall(r"^        (-[-a-z]+)(?: \| --help)?\)", (ROOT / "docker/run.sh").read_text(), re.M)
@@ -432,11 +503,13 @@ def test_the_script_opens_jupyterlab_in_the_project_and_only_for_who_has_the_tok
     port = free_port()
     with run_script(engine, project, "-d", "none", "-j", PORT=str(port)) as process:
         try:
-            log = ""
+            log, watchdog = "", Timer(120, process.kill)  # which ends the log
+            watchdog.start()
             while not (found := re.search(r"http://127\.0\.0\.1:8888/lab\?token=(\w+)", log)):
                 line = process.stdout.readline()
                 assert line, log
                 log += line
+            watchdog.cancel()
             address = f"http://127.0.0.1:{port}"
             wait_for_server(f"{address}/api")
             with pytest.raises(urllib.error.HTTPError) as refused:
@@ -450,37 +523,49 @@ def test_the_script_opens_jupyterlab_in_the_project_and_only_for_who_has_the_tok
             file = urllib.request.Request(f"{address}/api/contents/hello.txt", content, token, method="PUT")
             assert urllib.request.urlopen(file, timeout=30).status == 201
         finally:
+            watchdog.cancel()
             process.terminate()
     assert (project / "hello.txt").read_text() == "hello"
     assert (project / "hello.txt").stat().st_uid == project.stat().st_uid
 
 
-def test_the_script_shows_windows(engine, notebook, project):
+@contextmanager
+def display(**person):
+    """Start an X server of somebody's, which can be reached as ssh's can, too, and yield its number."""
     need("Xvfb", "xvfb")
     read, write = os.pipe()
-    display = subprocess.Popen(
-        ["Xvfb", "-displayfd", str(write), "-nolisten", "tcp"],
-        pass_fds=[write],
-        stderr=subprocess.DEVNULL,
-        **engine.person,
-    )
+    command = ["Xvfb", "-displayfd", str(write), "-listen", "tcp"]
+    server = subprocess.Popen(command, pass_fds=[write], stderr=subprocess.PIPE, text=True, **person)
+    os.close(write)  # or the end of a server that does not start would never be read
     try:
-        number = os.read(read, 10).decode().strip()
-        program = """
+        # It writes its number when it listens. It may also hang, or end.
+        number = os.read(read, 10).decode().strip() if select.select([read], [], [], 30)[0] else ""
+        if not number:
+            server.kill()
+            pytest.fail(f"Xvfb has not started in 30 seconds: {server.communicate()[1]}")
+        yield number
+    finally:
+        os.close(read)
+        server.kill()
+        server.communicate()
+
+
+def test_the_script_shows_windows(engine, notebook, project):
+    """On a display of this machine, and on one that is reached as ssh -X lets it be, by a port."""
+    program = """
+import faulthandler
+faulthandler.dump_traceback_later(40, exit=True)
 import matplotlib.pyplot as plt
 plt.switch_backend("TkAgg")
 window = plt.figure().canvas.manager.window
 plt.pause(1)
 print("viewable:", window.winfo_viewable())
 """
-        arguments = ("-d", "none", "-x", "-i", notebook, "python", "-c", program)
-        code, log = finish(run_script(engine, project, *arguments, DISPLAY=f":{number}"))
-        assert (code, log.splitlines()[-1]) == (0, "viewable: 1"), log
-    finally:
-        display.terminate()
-        display.wait()
-        os.close(read)
-        os.close(write)
+    arguments = ("-d", "none", "-x", "-i", notebook, "python", "-c", program)
+    with display(**engine.person) as number:
+        for name in (f":{number}", f"localhost:{number}.0"):
+            code, log = finish(run_script(engine, project, *arguments, DISPLAY=name), timeout=60)
+            assert (code, log.splitlines()[-1]) == (0, "viewable: 1"), log
 
 
 # --- The guide ----------------------------------------------------------------------------------

@@ -90,6 +90,22 @@ def test_the_readme_names_every_manifest():
     assert [path.name for path in FILES if f"{path.name})" not in README] == []
 
 
+def test_on_a_cluster_of_one_s_own_the_job_is_right_and_fits_on_two_cpus(tmp_path):
+    """The line of the guide that changes the manifest does what the guide says; kubectl knows the others."""
+    block = re.search(r"^kind create cluster.*?(?=^```)", README, re.MULTILINE | re.DOTALL)[0]
+    (changed,) = re.findall(r"^(sed .+) \| kubectl create -f -$", block, re.MULTILINE)
+    made = subprocess.check_output(["bash", "-c", changed], cwd=JOB.parent)
+    (tmp_path / "job.yaml").write_bytes(made)
+    check(load(tmp_path / "job.yaml"))
+    for container in containers(load(tmp_path / "job.yaml")):
+        assert container["resources"]["requests"] == {"cpu": "200m", "memory": "1Gi"}
+        assert "nvidia.com/gpu" not in container["resources"]["limits"]
+    need("kubectl", "the package kubernetes-client")
+    for command in re.findall(r"^kubectl (\S+ .+)$", block, re.MULTILINE):
+        shell = ["bash", "-c", f"kubectl {command} --help"]
+        assert subprocess.run(shell, capture_output=True).returncode == 0, command
+
+
 @needs_schemas
 def test_the_readme_names_the_versions_that_are_checked_against():
     versions = [re.search(r"-(v[\d.]+)\.json", name)[1] for name in os.listdir(CRDS) if ".json" in name]
@@ -135,7 +151,13 @@ BROKEN = {
         ("mountPath: /tmp", "mountPath: /temp", "nothing is mounted at /tmp"),
         ("/output/pod", "/results", "nothing is mounted at --output-dir /results"),
         ("--resume, ", "", "starts from zero"),
-        ("persistentVolumeClaim:\n        claimName: mnist-output", "emptyDir: {}", "starts from zero"),
+        (
+            "persistentVolumeClaim:\n        claimName: mnist-output",
+            "emptyDir: {sizeLimit: 1Gi}",
+            "from zero",
+        ),
+        ("Token: false", "Token: true", "has a key to the cluster"),
+        ("{sizeLimit: 1Gi}", "{}", "could fill its node"),
         ("--epochs", "--epoch", "unrecognized arguments: --epoch"),
         ("restartPolicy: OnFailure", "restartPolicy: Never", "restartPolicy"),
     ],

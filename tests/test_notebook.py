@@ -332,6 +332,43 @@ def test_nobody_waits_for_a_job_that_is_gone(tmp_path, monkeypatch):
             wait_for("Succeeded", minutes=1)
 
 
+@pytest.fixture
+def waiting(tmp_path, monkeypatch):
+    """Returns a function that runs the notebook's wait_for on a job in a stand-in for a cluster."""
+    need("kubectl", "kubernetes-client")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+    def wait(cluster, *states, minutes):
+        monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig(tmp_path)))
+        subprocess.run(["kubectl", "create", "-f", ROOT / "pytorchjob-mnist.yaml"], check=True)
+        name = "pytorchjob.kubeflow.org/pytorchjob-mnist"
+        variables = {"subprocess": subprocess, "PYTORCH_JOB": name, "job_name": "pytorchjob-mnist"}
+        return execute("define-wait-for", **variables)["wait_for"](*states, minutes=minutes)
+
+    return wait
+
+
+WARNINGS = {
+    "FailedCreatePod": 'pods "pytorchjob-mnist-worker-1" is forbidden: exceeded quota: two-pods',
+    "ErrImagePull": "Back-off pulling image",
+}
+
+
+def test_each_warning_about_the_job_is_printed_once_while_it_is_waited_for(waiting, capsys):
+    with ApiServer(warnings=WARNINGS) as cluster:
+        assert waiting(cluster, "Succeeded", minutes=1) == "Succeeded"
+    printed = capsys.readouterr().out
+    assert printed == "".join(f"Warning: {reason}: {text}\n" for reason, text in WARNINGS.items())
+
+
+def test_whoever_gives_up_waiting_says_so_and_points_at_the_warnings(waiting, capsys):
+    with ApiServer(running=99, warnings=WARNINGS) as cluster:
+        cluster.states = [""] * 99
+        with pytest.raises(RuntimeError, match=r"1 minutes, but: no state yet; see the warnings above$"):
+            waiting(cluster, "Running", "Succeeded", minutes=1)
+    assert capsys.readouterr().out.count("Warning: FailedCreatePod: ") == 1
+
+
 def test_the_job_has_the_name_that_kubectl_gave_it():
     answer = SimpleNamespace(n="Warning: something\npytorchjob.kubeflow.org/pytorchjob-mnist created\n")
     variables = execute("name-of-the-job", re=re, submit=True, job_name="?", answer=answer)

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import importlib
+import io
 import json
 import os
 import re
@@ -21,34 +22,13 @@ import requests
 from tests.rig.api_server import ApiServer
 from tests.rig.engine import BASE_IMAGE, with_packages
 from tests.rig.guide import run_chapter, with_more
-from tests.rig.processes import free_port, need, run, serving
+from tests.rig.images import append, running_registry
+from tests.rig.processes import free_port, need, serving
 from tests.rig.project import ROOT, make_small_project
 from tests.rig.tutorial import ON_A_SLICE, PARTS, WITHOUT_TRAINING, submit_in
 
-APPEND = ROOT / "docker" / "append.py"
 # One line of the log, changed.
 BEFORE, CHANGED = "Test accuracy: ", "Accuracy in the test: "
-
-
-@contextmanager
-def running_registry(folder, images=None, **auth):
-    """Start Debian's registry on loopback, and yield its address. `images`: where it keeps them."""
-    need("docker-registry", "docker-registry")
-    folder.mkdir(parents=True)
-    address = f"127.0.0.1:{free_port()}"
-    storage = {"filesystem": {"rootdirectory": str(images or folder / "images")}}
-    settings = {"version": 0.1, "storage": storage, "http": {"addr": address}, "auth": auth}
-    (folder / "config.yml").write_text(json.dumps(settings))  # which is YAML, too
-    command = ["docker-registry", "serve", folder / "config.yml"]
-    with open(folder / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        try:
-            for _ in range(100):
-                if "listening on" in (folder / "log").read_text():
-                    break
-                time.sleep(0.1)
-            yield address
-        finally:
-            process.terminate()
 
 
 def stored(folder):
@@ -102,11 +82,6 @@ def changed(project, tmp_path):
     assert text.count(BEFORE) == 1
     (tmp_path / "mnist.py").write_text(text.replace(BEFORE, CHANGED))
     return tmp_path
-
-
-def append(folder, base, image, *more, **environment):
-    """Run docker/append.py in `folder`. Returns (exit code, all that it printed)."""
-    return run(folder, APPEND, "--base", base, "--image", image, *more, **environment)
 
 
 def pushed(folder, base, image, *more, **environment):
@@ -337,9 +312,9 @@ def test_a_base_may_say_little_of_itself(engine, registry, bare, project):
 # --- Who may do what ----------------------------------------------------------------------------
 
 
-def docker_config(folder, address, user):
+def docker_config(folder, address, user, **login):
     """Return variables by which docker's own configuration file holds somebody's password."""
-    login = {"auth": base64.b64encode(f"{user}:secret".encode()).decode()}
+    login = login or {"auth": base64.b64encode(f"{user}:secret".encode()).decode()}
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"auths": {address: login}}))
     return {"DOCKER_CONFIG": folder}
@@ -386,10 +361,19 @@ def token_server(folder, rights):
         def do_GET(self):
             query = parse_qs(urlsplit(self.path).query)
             password = base64.b64decode(self.headers.get("Authorization", "").removeprefix("Basic "))
-            user = password.decode().partition(":")[0]
-            asked.append((user, *query["scope"][0].split()))
+            self.give(query, password.decode().partition(":")[0], "token")
+
+        def do_POST(self):
+            """Somebody swaps a token, as `az acr login` leaves one, for another."""
+            query = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            assert (query["grant_type"], query["service"]) == (["refresh_token"], ["here"])
+            query["scope"] = query["scope"][0].split()
+            self.give(query, query["refresh_token"][0].removeprefix("identity of "), "access_token")
+
+        def give(self, query, user, field):
+            asked.append((user, *query["scope"]))
             access = []
-            for scope in query["scope"][0].split():
+            for scope in query["scope"]:
                 kind, name, actions = scope.split(":")
                 allowed = [action for action in actions.split(",") if action in rights.get(user, ())]
                 access.append({"type": kind, "name": name, "actions": allowed})
@@ -405,7 +389,7 @@ def token_server(folder, rights):
             token = encoded({"typ": "JWT", "alg": "RS256", "x5c": [pem]}) + b"." + encoded(claims)
             sign = ["openssl", "dgst", "-sha256", "-sign", key]
             signature = subprocess.run(sign, input=token, check=True, capture_output=True).stdout
-            answer = json.dumps({"token": (token + b"." + encoded(signature)).decode()}).encode()
+            answer = json.dumps({field: (token + b"." + encoded(signature)).decode()}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
@@ -425,6 +409,12 @@ def test_a_registry_that_wants_tokens_gets_one_for_each_thing_that_is_done(folde
     ):
         old, new = f"{address}/you/mnist:1", f"{address}/team/mnist:1"
         writer, reader = (docker_config(tmp_path / user, address, user) for user in ("writer", "reader"))
+        nobody = base64.b64encode(b"00000000-0000-0000-0000-000000000000:").decode()
+        identity = {"auth": nobody, "identitytoken": "identity of writer"}
+        swapper = docker_config(tmp_path / "swapper", address, "", **identity)
+        pushed(changed, old, f"{new}-swapped", **swapper)
+        assert {user for user, *_ in asked} == {"writer"}
+        asked.clear()
         pushed(changed, old, new, **writer)
         asked_for = [scope.split(":") for _, *scopes in asked for scope in scopes]
         scopes = {(name, *sorted(actions.split(","))) for _, name, actions in asked_for}
@@ -454,8 +444,8 @@ def test_no_other_host_is_shown_a_password_or_a_token(challenge, tmp_path, monke
         monkeypatch.setenv(name, str(value))
     monkeypatch.syspath_prepend(ROOT / "docker")
     client = importlib.import_module("registry").Client(registry)
-    assert client.auth._basic_auth  # it knows the password, and has had a token
-    client.auth.token = "secret"
+    assert client.login["password"]  # it knows the password, and has had a token
+    client.authorization = {"Authorization": "Bearer secret"}
     with serving(Elsewhere) as address, pytest.raises(ValueError, match="401"):
-        client.do_request(f"{address}/upload", "PUT", data=b"")
+        client.ask("PUT", f"{address}/v2/upload", io.BytesIO())
     assert seen and set(seen) == {None}

@@ -76,11 +76,12 @@ TIME = "2026-11-24T08:00:00Z"
 class ApiServer:
     """The server. `end` is what becomes of a job, once `running` queries have found it running.
 
-    `refused` is what may not be created, by its plural.
+    `refused` is what may not be created, by its plural. `warnings` are events about the job, {reason:
+    message}: with each query there is one more, after one about an earlier job of the same name.
     """
 
-    def __init__(self, end="Succeeded", log="", refused=(), running=2):
-        self.log, self.refused = log, refused
+    def __init__(self, end="Succeeded", log="", refused=(), running=2, warnings=()):
+        self.log, self.refused, self.warnings = log, refused, dict(warnings)
         # What is true of a job, and what no longer is, one query after the other: `describe` makes two.
         self.states = ["Created"] * 2 + ["Created Running"] * running + [f"Created -Running {end}"]
         # By their path.
@@ -190,12 +191,37 @@ class ApiServer:
     def list(self, path, plural, query):
         """Return the objects of a kind, if need be as the table that `kubectl get` prints of pods."""
         version, kind = KINDS[plural]
+        if plural == "events":
+            self.queries[path] += 1
+            events = [event("earlier", "Old", "of an earlier job")]
+            events += [event("1-2-3", *warning) for warning in self.warnings.items()][: self.queries[path]]
+            items = [each for each in events if has_fields(each, *query.get("fieldSelector", []))]
+            return {"kind": "EventList", "apiVersion": "v1", "metadata": {}, "items": items}
         items = [item for at, item in self.objects.items() if at.startswith(f"{path}/")]
         (selector,) = query.get("labelSelector", [""])
         items = [item for item in items + self.pods() * (plural == "pods") if selects(selector, item)]
         if plural == "pods" and query["table"]:
             return table(items)
         return {"kind": f"{kind}List", "apiVersion": version, "metadata": {}, "items": items}
+
+
+def event(uid, reason, message):
+    """Return an event about the job with an ID."""
+    about = {"kind": "PyTorchJob", "name": "pytorchjob-mnist", "namespace": "default", "uid": uid}
+    metadata = {"name": reason.lower(), "namespace": "default", "creationTimestamp": TIME}
+    said = {"type": "Warning", "reason": reason, "message": message}
+    return {"metadata": metadata, "involvedObject": about} | said
+
+
+def has_fields(item, selector=""):
+    """Return whether an object has the values of a selector such as "type=Warning,involvedObject.uid=1"."""
+    for path, value in re.findall(r"([^,=]+)=([^,]*)", selector):
+        found = item
+        for step in path.split("."):
+            found = found.get(step, {})
+        if found != value:
+            return False
+    return True
 
 
 def selects(selector, item):

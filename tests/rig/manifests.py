@@ -127,6 +127,10 @@ def check_pod(template, name, saves=True):
     assert sidecar == "false", "a sidecar would go on running, and the pod never end"
     assert spec["securityContext"] == SAFE_POD, "the pod is not as safe as it can be"
     assert container["securityContext"] == SAFE_CONTAINER, "the container is not as safe as it can be"
+    if name != "node":  # a TrainJob's patches have no such field
+        assert spec.get("automountServiceAccountToken") is False, "the pod has a key to the cluster"
+    folders = [volume["emptyDir"] for volume in spec["volumes"] if "emptyDir" in volume]
+    assert all(quantity(folder.get("sizeLimit")) for folder in folders), "a folder could fill its node"
     assert spec["terminationGracePeriodSeconds"] >= 30, "to save may take the trainer 20 seconds"
     assert THREADS in container["env"], "each CPU of the node would get a thread"
     check_resources(**container["resources"])
