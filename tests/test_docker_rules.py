@@ -11,6 +11,7 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -328,10 +329,11 @@ def test_a_line_that_stalls_is_said_to(registry, base, project):
 
 
 def test_an_interrupted_upload_is_one_sentence(registry, base, project):
-    with line_to(registry, per_second=300_000) as slow:
+    busy = Event()
+    with line_to(registry, per_second=300_000, busy=busy) as slow:
         names = ("--base", f"{slow}/you/mnist:1", "--image", f"{slow}/you/mnist:interrupted")
         process = start_hurried(project, *names)
-        time.sleep(4)
+        assert busy.wait(60)
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=60)[0]
     assert output == "append.py: interrupted, and nothing is pushed under this name\n"

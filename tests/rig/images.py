@@ -108,8 +108,11 @@ def pulled(image):
 
 
 @contextmanager
-def line_to(address, per_second=None, at_most=None):
-    """Yield the address of a line to a server: a slow one, or one that stops after so many bytes."""
+def line_to(address, per_second=None, at_most=None, busy=None):
+    """Yield the address of a line to a server: a slow one, or one that stops after so many bytes.
+
+    `busy` is an Event, which is set when 500 kB have gone through.
+    """
     host, port = address.split(":")
     listener = socket.create_server(("127.0.0.1", 0))
     ends = [listener]
@@ -121,6 +124,8 @@ def line_to(address, per_second=None, at_most=None):
                 if slow and per_second:
                     time.sleep(len(data) / per_second)
                 sent += len(data)
+                if slow and busy and sent > 500_000:
+                    busy.set()
                 if slow and at_most and sent > at_most:
                     time.sleep(600)
                 target.sendall(data)
