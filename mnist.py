@@ -10,7 +10,10 @@ training, after saving a checkpoint from which --resume continues.
 """
 
 import argparse
+import builtins
+import copy
 import ctypes
+import errno
 import gzip
 import hashlib
 import io
@@ -18,11 +21,16 @@ import json
 import logging
 import math
 import os
+import re
 import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
+import traceback
 import zipfile
+import zlib
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -31,6 +39,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.elastic as elastic
 import torch.distributed.run
 import torch.nn as nn
 import torch.nn.functional as F
@@ -81,46 +90,52 @@ def load_mnist(folder, device="cpu"):
     Returns two pairs (images, labels), for training and for testing: uint8 [N, 28, 28], int64 [N].
     """
     raw = Path(folder, "MNIST", "raw")
-    sums = find_sums(raw)
-    images, labels, *of_test = (read_idx(raw / name, sums.get(name)).to(device) for name in FILES)
+    sums = checksums(raw)
+    images, labels, *of_test = (read_idx(raw / name, sums[name]).to(device) for name in FILES)
     for digits, answers in ((images, labels), of_test):
-        if digits.shape != (len(answers), 28, 28) or answers.max() > 9:
+        if answers.ndim != 1 or digits.shape != (len(answers) or 1, 28, 28) or (answers > 9).any():
             raise ValueError(f"{raw}: each image must have 28 by 28 pixels and a label from 0 to 9")
     return (images, labels.long()), (of_test[0], of_test[1].long())
 
 
 def read_idx(path, sha256):
-    """Return the contents of an IDX file, or of its .gz: uint8, in the shape that its first bytes give."""
+    """Return what an IDX file, or its .gz, holds: uint8, in the shape that its first bytes give."""
     found = path if path.exists() else path.with_name(path.name + ".gz")
     try:
         contents = found.read_bytes() if found == path else gzip.decompress(found.read_bytes())
-        shape = [int.from_bytes(contents[4 * i : 4 * i + 4], "big") for i in range(1, 1 + contents[3])]
-        data = torch.frombuffer(bytearray(contents), dtype=torch.uint8, offset=4 + 4 * len(shape)).view(shape)
-    except Exception as error:  # damage can show in many ways
-        raise OSError(f"{found} is missing or damaged, put a good copy there ({error})") from error
-    if hashlib.sha256(contents).hexdigest() != sha256:  # otherwise it would learn, only less well
-        raise ValueError(f"{found} does not match SHA256SUMS: put a good copy there, or correct the sum")
-    return data
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{found} is damaged: put a good copy there ({error})") from error
+    if (
+        len(contents) < 4 or hashlib.sha256(contents).hexdigest() != sha256
+    ):  # otherwise it would learn, only less well
+        why = "does not match" if sha256 else "has no line in"
+        raise ValueError(f"{found} {why} SHA256SUMS: put a good copy there, or correct the sum")
+    # The first four bytes say of what type the numbers are, and how many dimensions they have.
+    types = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
+    kind, *shape = (int.from_bytes(contents[i : i + 4], "big") for i in range(0, 4 + 4 * contents[3], 4))
+    if kind >> 8 != 8:
+        raise ValueError(f"{found} holds {types.get(kind >> 8, 'something else')}, but must hold uint8")
+    data = torch.frombuffer(bytearray(contents), dtype=torch.uint8)[4 + 4 * len(shape) :]
+    if len(data) != math.prod(shape):
+        raise ValueError(
+            f"{found} holds {len(data)} numbers, but its first bytes announce {math.prod(shape)}"
+        )
+    return data.view(shape)
 
 
-def find_sums(raw):
-    """Return the SHA-256 of each unpacked file, by name. Raises OSError or ValueError, saying what to do."""
-    if (raw / "SHA256SUMS").exists():
-        words = (raw / "SHA256SUMS").read_text().replace("*", " ").split()
-        return dict(zip(words[1::2], words[::2], strict=False))
-    # Without SHA256SUMS, the data must be MNIST itself. Where there is no data, MNIST is downloaded.
+def checksums(raw):
+    """Return the SHA-256 of each of FILES, unpacked, or None where SHA256SUMS has no line for it."""
+    if (listed := raw / "SHA256SUMS").exists():
+        try:  # each line is "SUM  NAME", "SUM *NAME" or "SHA256 (NAME) = SUM"
+            form = r"(?im)^\s*(?:SHA256 ?\((.+)\)\s*=\s*)?([0-9a-f]{64})(?:[ \t]+\*?(.+?))?\s*$"
+            lines = re.findall(form, listed.read_text("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{listed} must be text in UTF-8, as sha256sum writes it ({error})") from error
+        sums = {os.path.realpath(raw / (first or last)): sum.lower() for first, sum, last in lines}
+        return {name: sums.get(os.path.realpath(raw / name)) for name in FILES}
+    # Without SHA256SUMS, the data must be MNIST itself.
     from torchvision.datasets import MNIST, utils
 
-    if not any(raw.glob("*-ubyte*")):
-        logging.info(f"Downloading MNIST from {MNIST.mirrors[0]}")
-        raw.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=raw.parent) as elsewhere:  # all files appear together
-            try:
-                MNIST(elsewhere, download=True)
-            except RuntimeError as error:
-                raise OSError(f"cannot download MNIST, put its four .gz files in {raw} ({error})") from error
-            with suppress(OSError):  # another host was faster
-                os.replace(Path(elsewhere, "MNIST", "raw"), raw)
     if bad := [raw / name for name, md5 in MNIST.resources if not utils.check_integrity(raw / name, md5)]:
         raise ValueError(f"{bad[0]} is not MNIST's: other data needs `sha256sum *-ubyte > SHA256SUMS` there")
     unpacked = {name: gzip.decompress((raw / f"{name}.gz").read_bytes()) for name in FILES}
@@ -179,7 +194,7 @@ class Alone:
 
     rank, world_size = 0, 1
 
-    def sum(self, *numbers):
+    def all_reduce(self, *numbers):
         return numbers
 
     def stop_if_asked(self):
@@ -187,24 +202,23 @@ class Alone:
 
 
 class Trainer:
-    """A network that learns, the average of its weights, and the progress they have made."""
+    """A model that learns, the average of its weights, and the progress they have made."""
 
     def __init__(self, hyperparameters, job=None, device="cpu"):
         self.hyperparameters = h = hyperparameters
         self.job, self.device = job or Alone(), torch.device(device)
         torch.manual_seed(random_seed("weights", h.seed))
-        # One network learns. The other, the average of its weights over the steps, is tested and kept.
         # (On a Mac's GPU, some versions of PyTorch misread channels-last weights: PyTorch issue 192212.)
         layout = torch.contiguous_format if self.device.type == "mps" else torch.channels_last
-        self.learner, self.model = (Net().to(device, memory_format=layout) for _ in range(2))
-        self.network = self.learner  # Job wraps it, to average gradients over the processes
-        self.weights = [list(network.parameters()) for network in (self.model, self.learner)]
+        self.model = Net().to(device, memory_format=layout)
+        self.averaged_model = copy.deepcopy(self.model)  # this one is tested and kept
+        self.ddp_model = self.model  # Job wraps it, to average gradients over the processes
         if h.optimizer == "adadelta":
-            self.optimizer = torch.optim.Adadelta(self.weights[1], h.lr)
+            self.optimizer = torch.optim.Adadelta(self.model.parameters(), h.lr)
         else:
             # Weight decay pulls all weights a little towards 0, so only useful ones stay large.
-            nesterov = {"momentum": h.momentum, "nesterov": h.momentum > 0}
-            self.optimizer = torch.optim.SGD(self.weights[1], h.lr, **nesterov, weight_decay=5e-4, fused=True)
+            options = {"momentum": h.momentum, "nesterov": h.momentum > 0, "weight_decay": 5e-4}
+            self.optimizer = torch.optim.SGD(self.model.parameters(), h.lr, **options, fused=True)
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, h.gamma)
         self.steps = 0  # since training began
         self.history = []  # one dict for each finished epoch: the lines of metrics.jsonl
@@ -223,18 +237,17 @@ class Trainer:
         h, rank, world_size = self.hyperparameters, self.job.rank, self.job.world_size
         order = epoch_order(len(images), h.seed, self.epoch).to(self.device)
         distortions = epoch_distortions(len(images), h.seed, self.epoch).to(self.device)
+        cuda = torch.get_device_module(self.device)
+        generator = torch.default_generator if self.device.type == "cpu" else cuda
         batch_size = h.batch_size * world_size  # of all processes together
-        noise = torch.default_generator if self.device.type == "cpu" else torch.get_device_module(self.device)
-        self.learner.train()
-        for start in range(self.samples_seen, len(order), batch_size):
+        self.model.train()
+        for start in range(self.samples_seen, len(images), batch_size):
             self.job.stop_if_asked()
             batch = order[start : start + batch_size]
-            share = batch[rank::world_size]
+            share = batch[rank::world_size]  # the last batch may have no image for this process
+            digits = distort(images[share], distortions[share]) if h.augment and len(share) else images[share]
             # Dropout's random numbers depend only on seed and position, so a resumed run repeats them.
-            noise.manual_seed(random_seed("dropout", h.seed, self.epoch, start, rank))  # on this device alone
-            digits = images[share]
-            if h.augment and len(share):  # the last batch may have no image for this process
-                digits = distort(digits, distortions[share])
+            generator.manual_seed(random_seed("dropout", h.seed, self.epoch, start, rank))
             # Gradients are averaged over the processes. Scaled like this, the average is the gradient
             # of the mean loss of the whole batch, even if the shares differ in length.
             loss = self.step(digits, labels[share], scale=world_size / len(batch))
@@ -245,17 +258,19 @@ class Trainer:
     def step(self, digits, labels, scale):
         """Take a step against the gradient of `scale` times the sum of the losses. Returns that sum."""
         h = self.hyperparameters
-        self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=h.bf16):
-            output = self.network(digits)
+            output = self.ddp_model(digits)
         loss = F.cross_entropy(output, labels, reduction="sum", label_smoothing=h.label_smoothing)
+        self.optimizer.zero_grad()
         (loss * scale).backward()
-        nn.utils.clip_grad_norm_(self.weights[1], max_norm=2)  # no batch may undo what others have taught
+        nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=2)  # no batch may undo what others taught
         self.optimizer.step()
         # Each step goes a little astray, having seen only one batch. Averaged, these errors cancel out.
         # The last tenth counts for two thirds (see https://proceedings.mlr.press/v28/shamir13.html).
-        average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay=self.steps / (10 + self.steps))
-        average(*self.weights, None)
+        with torch.no_grad():
+            averages = self.averaged_model.parameters()
+            for average, weight in zip(averages, self.model.parameters(), strict=True):
+                average.lerp_(weight, 10 / (10 + self.steps))
         self.steps += 1
         return loss.detach()
 
@@ -272,14 +287,14 @@ def test(model, images, labels, batch_size=1000, job=None):
         output = model(images[share])
         loss += F.nll_loss(output, labels[share], reduction="sum").item()
         correct += (output.argmax(dim=1) == labels[share]).sum().item()
-    loss, correct = job.sum(loss, correct)
+    loss, correct = job.all_reduce(loss, correct)
     return loss / len(images), int(correct)
 
 
 # --- Checkpoints --------------------------------------------------------------------------------
 
 # What a checkpoint holds besides the hyper-parameters: states, and the progress of training.
-STATES = ("model", "learner", "optimizer", "scheduler")
+STATES = ("model", "averaged_model", "optimizer", "scheduler")
 PROGRESS = ("epoch", "steps", "samples_seen", "loss_sum", "seconds", "history")
 
 
@@ -289,11 +304,16 @@ def lacks_memory(error):
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
+def finite(loss, epoch):
+    """Return the loss. Raises FloatingPointError if it is no number: training has gone astray."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"in epoch {epoch}, the loss is {loss}: try a smaller --lr")
+    return loss
+
+
 def save(trainer, folder):
     """Write metrics.jsonl and checkpoint.pt. All call it, rank 0 writes. Raises OSError, ArithmeticError."""
-    (loss_sum,) = trainer.job.sum(float(trainer.loss_sum))
-    if not math.isfinite(loss_sum):
-        raise FloatingPointError(f"in epoch {trainer.epoch}, the loss is {loss_sum}: try a smaller --lr")
+    loss_sum = finite(*trainer.job.all_reduce(float(trainer.loss_sum)), trainer.epoch)
     if trainer.job.rank > 0 or folder is None:
         return
     checkpoint = {name: getattr(trainer, name).state_dict() for name in STATES}
@@ -313,12 +333,17 @@ def write(path, contents, keep=None):
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # "there is no fsync here"
+                    raise
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise OSError(f"cannot write {error.filename or path}: {error.strerror}") from error
 
 
@@ -334,20 +359,32 @@ def claimed(folder):
         raise OSError(f"another run writes to {folder}{advice}") from error
 
 
+def read_checkpoint(path):
+    """Return the checkpoint in a file. Raises ValueError if it is damaged, or another program's."""
+    contents = b"" if path.is_dir() else path.read_bytes()
+    # zipfile verifies checksums, torch.load does not. With weights_only, no code in the file runs.
+    if damaged := zipfile.ZipFile(io.BytesIO(contents)).testzip():
+        raise ValueError(f"wrong checksum of {damaged}")
+    checkpoint = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
+    ours = {"progress": PROGRESS, "hyperparameters": asdict(Hyperparameters())}
+    missing = {*STATES, *ours, "world_size"} - checkpoint.keys()
+    if missing or any(checkpoint[part].keys() != set(keys) for part, keys in ours.items()):
+        raise ValueError("it is another program's, or another version's")
+    return checkpoint
+
+
 def load_checkpoint(folder):
     """Return the newest good checkpoint, or None. Raises OSError, or ValueError if all are damaged."""
+    torch.save({}, good := io.BytesIO())
+    try:  # what keeps a good file from being loaded is no damage
+        torch.load(io.BytesIO(good.getvalue()), weights_only=True)
+    except RuntimeError as error:
+        raise ValueError(f"PyTorch loads no checkpoint here: {error}") from error
     found = [Path(folder, n) for n in ("checkpoint.pt", "checkpoint.previous.pt") if n in os.listdir(folder)]
     for path in found:
         try:
-            contents = b"" if path.is_dir() else path.read_bytes()
-            # zipfile verifies checksums, torch.load does not. With weights_only, no code in the file runs.
-            if damaged := zipfile.ZipFile(io.BytesIO(contents)).testzip():
-                raise ValueError(f"wrong checksum of {damaged}")
-            checkpoint = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
-            for part, keys in (("progress", PROGRESS), ("hyperparameters", asdict(Hyperparameters()))):
-                if checkpoint.get(part, {}).keys() != set(keys):
-                    raise ValueError("it is another program's, or another version's")
-        except Exception as error:
+            checkpoint = read_checkpoint(path)
+        except Exception as error:  # damage can show in many ways
             if isinstance(error, OSError) or lacks_memory(error):
                 raise OSError(f"cannot read {path}: {error}") from error
             logging.warning(f"{path} is not a good checkpoint ({repr(error)[:200]}): passed over")
@@ -359,27 +396,26 @@ def load_checkpoint(folder):
         raise ValueError(f"no good checkpoint is left in {folder}: start afresh, without --resume")
 
 
-def resume(trainer, folder):
-    """Continue from the newest good checkpoint, if any. Raises ValueError for another run's, or OSError."""
-    received = [load_checkpoint(folder) if trainer.job.rank == 0 else None]
-    if (now := trainer.job.world_size) > 1:
-        dist.broadcast_object_list(received)
-    if (checkpoint := received[0]) is None:
-        logging.info(f"No checkpoint in {folder} yet: starting afresh")
-        return
-    for name, value in checkpoint["hyperparameters"].items():
-        if value != (ours := getattr(trainer.hyperparameters, name)):
-            raise ValueError(f"the checkpoint in {folder} has {name} {value}, but this run has {ours}")
+def resume(trainer, checkpoint):
+    """Continue from a checkpoint. Raises ValueError if it is of other hyper-parameters or another model."""
+    for name, then in checkpoint["hyperparameters"].items():
+        if name != "bf16" and then != (now := getattr(trainer.hyperparameters, name)):
+            raise ValueError(f"the checkpoint has {name} {then}, but this run has {now}")
     try:
         for name in STATES:
             getattr(trainer, name).load_state_dict(checkpoint[name])
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"the checkpoint in {folder} does not fit this model: {error}") from error
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the checkpoint does not fit this model: {error}") from error
+    # Fused SGD reads weights and their momentum as they lie in memory, which depends on the device.
+    for weight, state in trainer.optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == weight.shape:
+                state[name] = torch.empty_like(weight).copy_(value)
+    trainer.optimizer._opt_called = True  # otherwise the scheduler warns about a step it has not seen
     vars(trainer).update(checkpoint["progress"])
     trainer.loss_sum *= trainer.job.rank == 0  # rank 0 has the sum of all
     logging.info(f"Resuming in epoch {trainer.epoch} after {trainer.samples_seen} samples")
-    trainer.optimizer._opt_called = True  # otherwise the scheduler warns about a step it has not seen
-    if (then := checkpoint["world_size"]) != now:
+    if (then := checkpoint["world_size"]) != (now := trainer.job.world_size):
         logging.info(f"{then} process(es) before, {now} now: batches differ in size, so results will differ")
 
 
@@ -406,60 +442,70 @@ class Job(Alone):
     rank: int = 0  # the number of this process, from 0
     world_size: int = 1  # the number of all processes
     local_rank: int = 0  # the number of this process on this machine, from 0
+    address: str = ""  # where they meet
     asked_to_stop: bool = False
-    pending: tuple | None = None  # the previous step's sum of asked_to_stop, and its Work
 
     @classmethod
     def from_environment(cls):
         """Read the variables that torchrun or a PyTorchJob's operator has set, if any. Raises ValueError."""
-        if not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & set(os.environ):
+        env = os.environ
+        if not {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & set(env):
             return cls()
-        size, _ = variable("WORLD_SIZE", 1, 10**6), variable("MASTER_PORT", 1, 65535)
-        if not os.environ.get("MASTER_ADDR"):
+        size, port = variable("WORLD_SIZE", 1, 10**6), variable("MASTER_PORT", 1, 65535)
+        if not env.get("MASTER_ADDR"):
             raise ValueError("the variable MASTER_ADDR must be the name or address of rank 0's machine")
-        if "LOCAL_RANK" not in os.environ:
-            return cls("in a pod of a PyTorchJob", variable("RANK", 0, size - 1), size)
-        return cls("by torchrun", variable("RANK", 0, size - 1), size, variable("LOCAL_RANK", 0, size - 1))
+        local_rank = variable("LOCAL_RANK", 0, size - 1) if "LOCAL_RANK" in env else 0
+        started = "by torchrun" if "LOCAL_RANK" in env else "in a pod of a PyTorchJob"
+        return cls(started, variable("RANK", 0, size - 1), size, local_rank, f"{env['MASTER_ADDR']}:{port}")
 
     @contextmanager
     def connected(self, backend, timeout):
-        """Connect the processes. From then on, SIGTERM and Ctrl-C ask to stop. Raises ConnectionError."""
+        """Connect the processes. Raises ConnectionError if they do not meet, or if one is lost."""
         try:
             if self.world_size > 1:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would not act before all have met
-                self.meet(backend, timedelta(seconds=timeout))
-            for name in (signal.SIGTERM, signal.SIGINT):  # Kubernetes sends SIGTERM, and SIGKILL 30 s later
-                signal.signal(name, lambda *_: setattr(self, "asked_to_stop", True))
+                self.rendezvous(backend, timedelta(seconds=timeout))
             yield
         except RuntimeError as error:
             if self.world_size == 1 or lacks_memory(error):  # not the others' fault
                 raise
             if dist.is_initialized():
                 dist.group.WORLD.abort()  # otherwise nccl would go on waiting for the lost one
-            who = "rank {rank} of {world_size} (meeting at {MASTER_ADDR}:{MASTER_PORT})"
-            who = who.format(**os.environ | vars(self))
-            raise ConnectionError(f"{who} failed, or lost another: {str(error).splitlines()[0]}") from error
+            who = f"rank {self.rank} of {self.world_size} (meeting at {self.address})"
+            why = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ConnectionError(f"{who} failed, or lost another: {why}") from error
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
                 time.sleep(0.1)  # otherwise gloo may free a tensor after Python has ended, and crash
 
-    def meet(self, backend, limit):
-        # Pods start minutes apart, and by default only rank 0 waits for all. The others would soon give up.
-        store, rank, size = next(dist.rendezvous("env://", timeout=10 * limit))
-        store.set(f"here/{rank}", "")
-        store.wait([f"here/{other}" for other in range(size)])
+    def rendezvous(self, backend, limit):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # Python's own would not act before all have met
+        text = f"Waiting for {self.world_size - 1} other processes at {self.address}"
+        notice = threading.Timer(5, logging.warning, [text])
+        notice.start()
+        try:
+            # Pods start minutes apart, and by default only rank 0 waits for all. The others would soon give
+            # up. But those that torchrun starts do so together.
+            patience = limit if "LOCAL_RANK" in os.environ else 10 * limit
+            store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+            store.set(f"here/{rank}", "")
+            store.wait([f"here/{other}" for other in range(size)])
+        finally:
+            notice.cancel()
         store.set_timeout(limit)
+        if dist.get_debug_level() == dist.DebugLevel.DETAIL:
+            dist.set_debug_level(dist.DebugLevel.INFO)  # gloo and DDP crash with DETAIL (PyTorch 2.15)
         dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=size)
 
     def distribute(self, model):
         """Return the model, wrapped so that its gradients are averaged over all processes."""
-        shared = nn.parallel.DistributedDataParallel(model)
+        ddp_model = nn.parallel.DistributedDataParallel(model)
         # A first pass, without a step, fixes the order in which gradients are added, also after --resume.
-        shared(torch.zeros(1, 28, 28, device=model.fc1.weight.device)).sum().backward()
-        return shared
+        ddp_model(torch.zeros(1, 28, 28, device=model.fc1.weight.device)).sum().backward()
+        return ddp_model
 
-    def sum(self, *numbers):
+    def all_reduce(self, *numbers):
         """Add up each number over all processes. All must call this, and all get the sums."""
         if self.world_size == 1:
             return numbers
@@ -468,13 +514,7 @@ class Job(Alone):
 
     def stop_if_asked(self):
         """Raise Stopped in all processes at once if any of them was asked to stop."""
-        asked = torch.tensor(float(self.asked_to_stop))
-        if self.world_size > 1:
-            # The sum is computed during a step and read before the next. (The first call waits for its sum.)
-            sent = asked, dist.all_reduce(asked, async_op=True)
-            (asked, work), self.pending = self.pending or sent, sent
-            work.wait()
-        if asked:
+        if any(self.all_reduce(self.asked_to_stop)):
             raise Stopped
 
 
@@ -496,13 +536,31 @@ def choose_device(local_rank, accelerate=True):
     return device
 
 
+def choose_bf16(device, asked, checkpoint):
+    """Return whether to multiply in bfloat16: as asked, or as before, or if the CPU does so natively."""
+    if asked is None and checkpoint:
+        asked = checkpoint["hyperparameters"]["bf16"]
+    if asked is None and device.type == "cpu" and torch.backends.mkldnn.is_available():
+        abilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in old versions of PyTorch
+        asked = any(able for name, able in abilities.items() if name.endswith("bf16"))
+    if asked and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError("this GPU does not multiply in bfloat16: use --no-bf16")
+    return bool(asked)
+
+
 def count_processors():
-    """Return how many processors this process may use: those it is bound to, or fewer in a container."""
+    """Return how many processors this process may use: those it is bound to, or fewer by a quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroups v2 and v1
-        with suppress(OSError, ValueError):  # "max" or -1 means that there is no limit
-            quota, period = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in files).split()
-            count = min(count, math.ceil(int(quota) / int(period))) if int(quota) > 0 else count
+    with suppress(OSError):
+        # On Linux, its control group may have a quota, or one of the groups around that one.
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, of_version_1, group = line.split(":", 2)
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if of_version_1 else ("cpu.max",)
+            root = "/sys/fs/cgroup/cpu" if of_version_1 else "/sys/fs/cgroup"
+            for folder in Path(root + group, "x").parents:
+                with suppress(OSError, ValueError):  # "max" or -1 means that there is no limit
+                    quota, period = " ".join(Path(folder, name).read_text() for name in names).split()
+                    count = min(count, math.ceil(int(quota) / int(period))) if int(quota) > 0 else count
     return count
 
 
@@ -516,80 +574,110 @@ def settle_in():
         # glibc would return memory after each step and get it back page by page: a tenth of a step's time
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large tensors get no mappings of their own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the end of the heap is not returned
+    if os.environ.get("MNIST_LAUNCHER", parent := str(os.getppid())) != parent:
+        raise ChildProcessError("the process that has started this one is gone")
 
 
 @contextmanager
 def state_restored():
-    """Restore variables and signal handlers at the end, because a notebook lives on after %run."""
-    env, numbers = dict(os.environ), (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+    """Restore variables, signal handlers and the log at the end, because a notebook lives on after %run."""
+    # A program of its own is about to end. All is done then, and no signal may change its exit code any more.
+    ends = __name__ == "__main__" and not hasattr(builtins, "get_ipython")
+    env, log, numbers = dict(os.environ), logging.getLogger(), (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
     handlers = [signal.getsignal(number) for number in numbers]
+    log_was = log.handlers[:], log.level, log.manager.disable
+    log.handlers.clear()
     try:
         yield
     finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, signal.SIG_IGN if ends else handler)
         os.environ.clear()
         os.environ.update(env)
-        for number, handler in zip(numbers, handlers, strict=True):
-            signal.signal(number, handler)
-        logging.disable(logging.NOTSET)
-        logging.getLogger().handlers.clear()
+        log.handlers[:], log.level, log.manager.disable = log_was
 
 
-def launch(processes, argv):
-    """Run torchrun if it is needed. Returns its exit code, or else None. Raises ValueError, OSError."""
-    # torchrun starts this file once for each process, on this machine or in a pod. A pod needs it if its
-    # operator asks for several processes (PET_NPROC_PER_NODE), or sets PET_NNODES and no RANK.
-    env, each = os.environ, os.environ.get("PET_NPROC_PER_NODE", "1")
+def count_to_launch(args):
+    """Return how many processes torchrun must start here, as text for it, or None. Raises ValueError."""
+    env, processes = os.environ, args.num_processes
+    if "LOCAL_RANK" in env:  # torchrun has started this process
+        if processes > 1 and "MNIST_LAUNCHER" not in env:
+            raise ValueError("--num-processes does not go with torchrun: use its own --nproc-per-node")
+        return None
+    # A pod needs torchrun if its operator asks for several processes (PET_NPROC_PER_NODE), or sets
+    # PET_NNODES and no RANK. With a RANK, "auto" is one process, or one for each accelerator.
+    each = env.get("PET_NPROC_PER_NODE", "1")
+    if each == "auto" and "RANK" in env:
+        each = "1" if args.no_cuda else str(max(1, torch.accelerator.device_count()))
     in_pods = each not in ("auto", "1") or ("PET_NNODES" in env and "RANK" not in env)
-    if "LOCAL_RANK" in env or (processes == 1 and not in_pods):
-        return None  # torchrun has started this process, or is not needed
     if processes > 1 and (in_pods or "RANK" in env):
         raise ValueError("--num-processes is for one machine: here a job says how many processes a pod has")
+    return each if in_pods else str(processes) if processes > 1 else None
+
+
+def launch(each, argv):
+    """Let torchrun start this file `each` times. Returns the exit code. Raises ValueError, OSError."""
+    env, options = os.environ, [f"--nproc-per-node={each}"]
     for name in {"PET_NODE_RANK", "PET_MASTER_PORT", "PET_MAX_RESTARTS"} & set(env):
         variable(name, 0, 65535)  # otherwise torchrun answers a bad value with a page of usage
-    options = ["--standalone", f"--nproc-per-node={processes}"]
     if "PET_NNODES" not in env:  # this machine alone: a container may not know its own name
+        options.append("--standalone")
         env.setdefault("PET_LOCAL_ADDR", "localhost")
-    each = processes if processes > 1 else int(each) if each.isdecimal() else count_processors()
-    env.setdefault("OMP_NUM_THREADS", str(max(1, count_processors() // max(1, each))))  # a fair share
+        env.setdefault("GLOO_SOCKET_IFNAME", socket.if_indextoname(1))  # the one that leads back here
+        try:
+            socket.create_connection(("localhost", 1)).close()
+        except ConnectionRefusedError:
+            pass  # so it can be reached
+        except OSError as error:
+            raise ConnectionError(f"processes cannot meet at localhost: {error}") from error
+    share = count_processors() // max(1, int(each)) if each.isdecimal() else 1
+    env.setdefault("OMP_NUM_THREADS", str(max(1, share)))
     # All of torchrun's signals but SIGHUP, which nohup ignores. (PyTorch 2.9 does not read this yet.)
     env.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
+    env["MNIST_LAUNCHER"] = str(os.getpid())
     logging.disable()  # otherwise torchrun adds a page to the one line of a failed process
     try:
-        dist.run.main([*(options if processes > 1 else []), __file__, *argv])
-    except dist.elastic.multiprocessing.SignalException:
-        return 143
-    except dist.elastic.multiprocessing.errors.ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:
-            return failure.exitcode
-        why = " (often, memory has run out)" if failure.exitcode == -signal.SIGKILL else ""
-        raise ChildProcessError(f"process {rank} was ended by {failure.signal_name()}{why}") from error
-    except (dist.elastic.rendezvous.RendezvousError, AssertionError, RuntimeError, ValueError) as error:
+        dist.run.main([*options, __file__, *argv])
+    except (elastic.multiprocessing.SignalException, elastic.multiprocessing.errors.ChildFailedError) as end:
+        return exit_code(end)
+    except (elastic.rendezvous.RendezvousError, AssertionError, RuntimeError, ValueError) as error:
         raise ConnectionError(f"processes did not meet, or a PET_… variable is wrong: {error!r}") from error
     return 0
+
+
+def exit_code(end):
+    """Return what torchrun's processes left with: 143 only if all have saved. Raises ChildProcessError."""
+    agents = [frame.f_locals.get("agent") for frame, _ in traceback.walk_tb(end.__traceback__)]
+    context = next((agent._pcontext for agent in agents if agent), None)
+    codes = [process.proc.returncode for process in context.subprocess_handlers.values()] if context else [1]
+    for rank, code in enumerate(codes):
+        if code < 0 and code != -signal.SIGTERM:
+            why = " (often, memory has run out)" if code == -signal.SIGKILL else ""
+            raise ChildProcessError(f"process {rank} was ended by {signal.Signals(-code).name}{why}")
+    failed = set(codes) - {0, 143}
+    return max({1} | failed) if failed else max(codes)
 
 
 # --- The command line ---------------------------------------------------------------------------
 
 
-def number(kind, is_valid, meaning, text):
-    """Convert `text` to an int or float (`kind`) that `is_valid` accepts, for argparse."""
+def between(kind, low, high, text):
+    """Convert `text` to an int or float (`kind`) from `low` to `high`, for argparse."""
     with suppress(ValueError):
-        if is_valid(kind(text)):
+        if low <= kind(text) <= high:
             return kind(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}")
+    what = "a whole number" if kind is int else "a number"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} to {high}")
 
 
 def parse_arguments(argv):
     """Return the values of the flags. A mistake ends the program with one sentence and exit code 2."""
-    count = partial(number, int, lambda n: n >= 1, "a whole number of 1 or more")
-    integer = partial(number, int, lambda n: True, "a whole number")
-    seconds = partial(number, int, lambda n: 1 <= n <= 86400, "a whole number from 1 to 86400")
-    rate = partial(number, float, lambda x: 0 < x < 1e38, "a number above 0 and below 1e38")
-    factor = partial(number, float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
-    fraction = partial(number, float, lambda x: 0 <= x < 1, "a number from 0 to less than 1")
+    count, seconds = partial(between, int, 1, 10**9), partial(between, int, 1, 86400)
+    seed = partial(between, int, -(2**63), 2**63 - 1)
+    rate, factor = partial(between, float, 1e-38, 1e38), partial(between, float, 1e-9, 1)
+    fraction = partial(between, float, 0, 0.9999)
     parser = argparse.ArgumentParser("mnist.py", description="Train a network on MNIST.", allow_abbrev=False)
-    add, shown = parser.add_argument, "(default: %(default)s)"
+    add, shown, unless = parser.add_argument, "(default: %(default)s)", "(default: if a CPU is made for it)"
     add("--epochs", metavar="N", type=count, default=5, help=f"passes over the training set {shown}")
     add("--batch-size", metavar="N", type=count, help=f"images per process and step {shown}")
     add("--test-batch-size", metavar="N", type=count, default=1000, help=f"the same for evaluation {shown}")
@@ -599,8 +687,8 @@ def parse_arguments(argv):
     add("--momentum", metavar="M", type=fraction, help=f"momentum of sgd {shown}")
     add("--label-smoothing", metavar="X", type=fraction, help=f"target share spread over all digits {shown}")
     add("--no-augment", dest="augment", action="store_false", help="do not turn, scale or move digits")
-    add("--bf16", action="store_true", help="multiply in bfloat16 when training: faster on some processors")
-    add("--seed", metavar="S", type=integer, help=f"seed of all random numbers {shown}")
+    add("--bf16", action=argparse.BooleanOptionalAction, help=f"train in bfloat16 {unless}")
+    add("--seed", metavar="S", type=seed, help=f"seed of all random numbers {shown}")
     add("--log-interval", metavar="N", type=count, default=10, help=f"steps per log line {shown}")
     add("--no-cuda", "--no-accel", action="store_true", help="use the CPU even if there is a GPU")
     add("--backend", choices=("gloo", "nccl", "xccl", "mpi"), help="default: the device's own, gloo on CPUs")
@@ -612,13 +700,32 @@ def parse_arguments(argv):
     add("--timeout", metavar="S", type=seconds, default=60, help=f"seconds to wait for the others {shown}")
     add("--save-model", action="store_true", help="write mnist_model.pt, a state_dict")
     add("--dry-run", action="store_true", help="train on one batch, test on one, write no files")
-    parser.set_defaults(**asdict(Hyperparameters()) | {"lr": None})  # lr depends on the optimizer
+    parser.set_defaults(**asdict(Hyperparameters()) | {"lr": None, "bf16": None})  # these two depend
     args = parser.parse_args(argv)
     args.lr = args.lr or (1.0 if args.optimizer == "adadelta" else Hyperparameters.lr)
     return args
 
 
 # --- All together -------------------------------------------------------------------------------
+
+
+def download(raw, patience=30):
+    """Download MNIST as the folder `raw`. Raises OSError, also if the server is silent for `patience` s."""
+    from torchvision.datasets import MNIST
+
+    logging.info(f"Downloading MNIST from {MNIST.mirrors[0]}")
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    before = socket.getdefaulttimeout()
+    with tempfile.TemporaryDirectory(dir=raw.parent) as elsewhere:  # all files appear together
+        try:
+            socket.setdefaulttimeout(patience)
+            MNIST(elsewhere, download=True)
+        except Exception as error:  # networks fail in many ways
+            raise OSError(f"cannot download MNIST, put its four .gz files in {raw} ({error})") from error
+        finally:
+            socket.setdefaulttimeout(before)
+        with suppress(OSError):  # another host was faster
+            os.replace(Path(elsewhere, "MNIST", "raw"), raw)
 
 
 def run_epoch(trainer, training_set, test_set, args, folder):
@@ -634,11 +741,10 @@ def run_epoch(trainer, training_set, test_set, args, folder):
             logging.info(f"Epoch: {trainer.epoch} ({step / steps:6.1%}) - Loss: {loss.item()}")
         if args.checkpoint_interval and (step + 1) % args.checkpoint_interval == 0:
             save(trainer, folder)
-    (loss_sum,) = trainer.job.sum(float(trainer.loss_sum))  # reading it waits for all steps
+    (loss_sum,) = trainer.job.all_reduce(float(trainer.loss_sum))  # reading it waits for all steps
     trainer.seconds = seconds = time.perf_counter() - clock
-    loss, correct = test(trainer.model, *test_set, args.test_batch_size, trainer.job)
-    if not math.isfinite(both := loss_sum + loss):
-        raise FloatingPointError(f"in epoch {trainer.epoch}, the loss is {both}: try a smaller --lr")
+    loss, correct = test(trainer.averaged_model, *test_set, args.test_batch_size, trainer.job)
+    finite(loss_sum + loss, trainer.epoch)
     accuracy = correct / len(test_set[0])
     logging.info(f"Test accuracy: {correct}/{len(test_set[0])} ({accuracy:6.1%})")
     logging.info(f"loss={loss:.4f}")  # the form that Katib, which tunes hyper-parameters, looks for
@@ -651,47 +757,66 @@ def run_epoch(trainer, training_set, test_set, args, folder):
     save(trainer, folder)
 
 
+def run(args, job):
+    """Get ready, and train as one of the processes of `job`."""
+    settle_in()
+    device = choose_device(job.local_rank, not args.no_cuda)
+    backend = args.backend or dist.get_default_backend_for_device(device)
+    folder = None if args.dry_run else args.output_dir
+    with claimed(folder) if folder and job.rank == 0 else nullcontext():
+        checkpoint = load_checkpoint(folder) if folder and args.resume and job.rank == 0 else None
+        args.bf16 = choose_bf16(device, args.bf16, checkpoint)
+        threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+        how = f"backend {backend if job.world_size > 1 else 'none'}, {threads}"
+        how += ", bfloat16" if args.bf16 else ", float32"
+        logging.info(f"Started {job.started}: rank {job.rank} of {job.world_size}, device {device}, {how}")
+        raw = Path(args.data_dir, "MNIST", "raw")
+        if job.local_rank == 0 and not any(raw.glob("*")):  # before the processes meet
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise half of it would be left
+            download(raw)
+        mixed = device.type != "cpu" and backend not in ("gloo", "mpi")  # gradients on GPUs, counts on CPUs
+        with job.connected(f"cpu:gloo,{device.type}:{backend}" if mixed else backend, args.timeout):
+            for number in (signal.SIGTERM, signal.SIGINT):  # Kubernetes sends SIGTERM, and SIGKILL 30 s later
+                signal.signal(number, lambda *_: setattr(job, "asked_to_stop", True))
+            shared = [checkpoint, args.bf16]  # rank 0 decides for all
+            if job.world_size > 1:
+                logging.info(f"Using distributed PyTorch with {backend} backend")
+                dist.broadcast_object_list(shared)
+            checkpoint, args.bf16 = shared
+            train(args, job, device, folder, checkpoint)
+
+
+def train(args, job, device, folder, checkpoint):
+    """Train and test for all epochs, from a checkpoint if there is one."""
+    training_set, test_set = load_mnist(args.data_dir, device)
+    if args.dry_run:
+        args.epochs, training_set = 1, [t[: args.batch_size * job.world_size] for t in training_set]
+        test_set = [t[: args.test_batch_size] for t in test_set]
+    chosen = Hyperparameters(**{name: vars(args)[name] for name in asdict(Hyperparameters())})
+    trainer = Trainer(chosen, job, device)
+    if job.world_size > 1:
+        trainer.ddp_model = job.distribute(trainer.model)
+    if checkpoint:
+        resume(trainer, checkpoint)
+    elif args.resume:
+        logging.info(f"No checkpoint in {folder} yet: starting afresh")
+    try:
+        while trainer.epoch <= args.epochs:
+            run_epoch(trainer, training_set, test_set, args, folder)
+    except Stopped:
+        save(trainer, folder)
+        job.all_reduce(0)  # a barrier: nobody leaves with 143 before rank 0 has saved
+        logging.info("Stopped by a signal. --resume goes on from the newest checkpoint")
+        sys.exit(143)
+    if args.save_model and folder and job.rank == 0:  # so any machine can load it
+        write(Path(folder, "mnist_model.pt"), trainer.averaged_model.cpu().state_dict())
+    job.all_reduce(0)  # a barrier: rank 0 must not leave before the others have finished
+
+
 def give_up(record):
     """End the program if its log cannot be written, for example to a closed pipe or a full disk."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise Python tries again at exit
     raise
-
-
-def run(args, job):
-    """Train and test for all epochs, as one of the processes of `job`."""
-    settle_in()
-    device = choose_device(job.local_rank, not args.no_cuda)
-    backend = args.backend or dist.get_default_backend_for_device(device)
-    how = f"backend {backend if job.world_size > 1 else 'none'}, {torch.get_num_threads()} threads"
-    logging.info(f"Started {job.started}: rank {job.rank} of {job.world_size}, device {device}, {how}")
-    if job.local_rank == 0:
-        find_sums(Path(args.data_dir, "MNIST", "raw"))  # may download, so before the processes meet
-    mixed = device.type != "cpu" and backend not in ("gloo", "mpi")  # gradients on GPUs, Job.sum on CPUs
-    backends = f"cpu:gloo,{device.type}:{backend}" if mixed else backend
-    folder = None if args.dry_run else args.output_dir
-    writes = folder is not None and job.rank == 0
-    with job.connected(backends, args.timeout), claimed(folder) if writes else nullcontext():
-        training_set, test_set = load_mnist(args.data_dir, device)
-        if args.dry_run:
-            args.epochs, training_set = 1, [t[: args.batch_size * job.world_size] for t in training_set]
-            test_set = [t[: args.test_batch_size] for t in test_set]
-        chosen = {name: vars(args)[name] for name in asdict(Hyperparameters())}
-        trainer = Trainer(Hyperparameters(**chosen), job, device)
-        if job.world_size > 1:
-            logging.info(f"Using distributed PyTorch with {backend} backend")
-            trainer.network = job.distribute(trainer.learner)
-        if args.resume and not args.dry_run:
-            resume(trainer, folder)
-        try:
-            while trainer.epoch <= args.epochs:
-                run_epoch(trainer, training_set, test_set, args, folder)
-        except Stopped:
-            save(trainer, folder)
-            logging.info("Stopped by a signal. --resume goes on from the newest checkpoint")
-            sys.exit(143)
-        if args.save_model and writes:  # so any machine can load it
-            write(Path(folder, "mnist_model.pt"), trainer.model.cpu().state_dict())
-        job.sum(0)  # a barrier: rank 0 must not leave before the others have finished
 
 
 def main(argv=None):
@@ -699,20 +824,23 @@ def main(argv=None):
     args = parse_arguments(argv := sys.argv[1:] if argv is None else argv)
     try:
         with state_restored():
-            # Notebooks show standard error in pink, and already have a log, which `force` replaces.
-            logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+            # Notebooks show standard error in pink.
+            logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
             logging.getLogger().handlers[0].handleError = give_up
-            if (code := launch(args.num_processes, argv)) is not None:
-                sys.exit(code)
+            if each := count_to_launch(args):
+                sys.exit(launch(each, argv))
             job = Job.from_environment()
             logging.disable(logging.INFO if job.rank > 0 else logging.NOTSET)
             run(args, job)
     except (Exception, KeyboardInterrupt) as error:
+        text = " ".join(str(error).split()) or "interrupted"
         if lacks_memory(error):
-            sys.exit(f"mnist.py: memory does not suffice, try a smaller --batch-size ({error})")
-        if not isinstance(error, (ArithmeticError, KeyboardInterrupt, OSError, ValueError)):
+            testing = any(frame.name == "test" for frame in traceback.extract_tb(error.__traceback__))
+            flag = "--test-batch-size" if testing else "--batch-size"
+            text = f"memory does not suffice, try a smaller {flag} ({text})"
+        elif not isinstance(error, (ArithmeticError, KeyboardInterrupt, OSError, ValueError)):
             raise
-        sys.exit("mnist.py: " + (" ".join(str(error).split()) or "interrupted"))
+        sys.exit(f"mnist.py: {text}")
 
 
 if __name__ == "__main__":

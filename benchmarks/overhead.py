@@ -27,13 +27,13 @@ def main():
         (images, labels), _ = mnist.load_mnist("datasets")
         trainer = mnist.Trainer(mnist.Hyperparameters(), job)
         if job.world_size > 1:
-            trainer.network = job.distribute(trainer.learner)
+            trainer.ddp_model = job.distribute(trainer.model)
         agree, samples = job.stop_if_asked, STEPS * BATCH * job.world_size
 
         def block(stop_if_asked):
             """Return the seconds that a block of steps takes."""
             job.stop_if_asked = stop_if_asked
-            job.sum(0)  # all processes begin together
+            job.all_reduce(0)  # all processes begin together
             return time_epoch(trainer, images[:samples], labels[:samples])
 
         block(agree)  # to warm up

@@ -41,7 +41,7 @@ def learn(seed, args, validate):
         for _ in trainer.train(*training_set):
             pass
         trainer.scheduler.step()
-        _, correct = mnist.test(trainer.model, *test_set, args.test_batch_size)
+        _, correct = mnist.test(trainer.averaged_model, *test_set, args.test_batch_size)
         accuracies.append(100 * correct / len(test_set[0]))
     print(f"seed {seed}:", *(f"{accuracy:.2f}" for accuracy in accuracies), flush=True)
     return accuracies

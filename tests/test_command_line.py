@@ -1,10 +1,12 @@
 """The command line and a launcher's variables: strict, documented, and a sentence for every mistake."""
 
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +32,7 @@ def test_every_flag_has_its_documented_default():
     args = vars(mnist.parse_arguments([]))
     assert args == {
         "epochs": 5, "batch_size": 64, "test_batch_size": 1000, "optimizer": "sgd", "lr": 0.1,
-        "gamma": 0.75, "momentum": 0.9, "label_smoothing": 0.1, "augment": True, "bf16": False, "seed": 1,
+        "gamma": 0.75, "momentum": 0.9, "label_smoothing": 0.1, "augment": True, "bf16": None, "seed": 1,
         "log_interval": 10, "no_cuda": False, "backend": None, "num_processes": 1, "data_dir": "datasets",
         "output_dir": "output", "resume": False, "checkpoint_interval": None, "timeout": 60,
         "save_model": False, "dry_run": False,
@@ -40,14 +42,14 @@ def test_every_flag_has_its_documented_default():
 
 
 BAD_VALUES = {
-    "--epochs": ["0", "-1", "1.5", "abc", ""],
+    "--epochs": ["0", "-1", "1.5", "abc", "", "1" + 30 * "0"],
     "--batch-size": ["0", "-64", "many", "nan"],
-    "--test-batch-size": ["0"],
+    "--test-batch-size": ["0", "1" + 30 * "0"],
     "--log-interval": ["0", "-1"],
     "--num-processes": ["0", "two"],
     "--checkpoint-interval": ["0", "-1", "1e3"],
     "--timeout": ["0", "-5", "86401", "inf"],
-    "--seed": ["1.5", "one"],
+    "--seed": ["1.5", "one", str(2**63), str(-(2**63) - 1)],
     "--lr": ["0", "-1", "1e39", "nan", "inf", "fast"],
     "--gamma": ["0", "1.1", "-0.7", "nan"],
     "--momentum": ["1", "-0.1", "nan"],
@@ -78,11 +80,12 @@ def test_unknown_and_shortened_flags_are_refused(refuse):
     assert "unrecognized arguments: epochs" in refuse("epochs")
 
 
-def test_any_whole_number_is_a_seed():
-    for seed in (0, -1, 2**70):
-        args = mnist.parse_arguments(["--seed", str(seed)])
-        assert args.seed == seed
-        mnist.epoch_order(10, args.seed, 1)
+@pytest.mark.parametrize("seed", [0, -1, -(2**63), 2**63 - 1])
+def test_any_number_of_64_bits_is_a_seed_whose_checkpoint_can_be_read_back(tmp_path, seed):
+    args = mnist.parse_arguments(["--seed", str(seed)])
+    assert args.seed == seed
+    mnist.save(mnist.Trainer(mnist.Hyperparameters(seed=seed)), tmp_path)
+    assert mnist.load_checkpoint(tmp_path)["hyperparameters"]["seed"] == seed
 
 
 def test_bad_usage_ends_the_program_with_code_2(small):
@@ -175,44 +178,80 @@ def test_a_path_that_speaks_of_allocation_is_no_want_of_memory():
 def test_several_processes_share_the_processors_that_there_are(monkeypatch):
     """Not those of the whole machine: a container may have a few of them only."""
     shares = []
-    note = lambda words: shares.append(os.environ["OMP_NUM_THREADS"])  # noqa: E731
+    note = lambda words: shares.append((words[0], os.environ["OMP_NUM_THREADS"]))  # noqa: E731
     monkeypatch.setattr("torch.distributed.run.main", note)
     monkeypatch.setattr(mnist, "count_processors", lambda: 6)
-    for name in ("PET_SIGNALS_TO_HANDLE", "PET_LOCAL_ADDR"):  # so that they are put back, too
-        monkeypatch.setenv(name, "")
-    cases = [(2, {}), (9, {}), (1, {"PET_NPROC_PER_NODE": "3"}), (1, {"PET_NNODES": "2"})]
-    for processes, variables in cases:
-        monkeypatch.setenv("OMP_NUM_THREADS", "")  # so that it is put back, whatever happens
-        for name in ("OMP_NUM_THREADS", "RANK", "LOCAL_RANK", "PET_NNODES", "PET_NPROC_PER_NODE"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        assert mnist.launch(processes, []) == 0
-    assert shares == ["3", "1", "2", "6"]
+    for each in (2, 9):
+        with monkeypatch.context() as environment:
+            environment.setattr(os, "environ", clean_environment(PET_NNODES=1))
+            os.environ.pop("OMP_NUM_THREADS", None)
+            assert mnist.launch(str(each), []) == 0
+    assert shares == [("--nproc-per-node=2", "3"), ("--nproc-per-node=9", "1")]
+
+
+IN_A_POD = {name: value for name, value in JOB.items() if name != "LOCAL_RANK"} | {"PET_NNODES": "2"}
+
+
+@pytest.mark.parametrize(
+    "flags, variables, accelerators, count",
+    [
+        ([], {}, 4, None),
+        (["--num-processes", "3"], {}, 0, "3"),
+        ([], IN_A_POD, 4, None),
+        ([], IN_A_POD | {"PET_NPROC_PER_NODE": "1"}, 4, None),
+        ([], IN_A_POD | {"PET_NPROC_PER_NODE": "3"}, 0, "3"),
+        ([], IN_A_POD | {"PET_NPROC_PER_NODE": "auto"}, 0, None),
+        ([], IN_A_POD | {"PET_NPROC_PER_NODE": "auto"}, 1, None),
+        ([], IN_A_POD | {"PET_NPROC_PER_NODE": "auto"}, 4, "4"),
+        (["--no-cuda"], IN_A_POD | {"PET_NPROC_PER_NODE": "auto"}, 4, None),
+        ([], {"PET_NNODES": "2"}, 4, "1"),
+        ([], {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto"}, 4, "auto"),
+        ([], JOB | {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "3"}, 4, None),  # one of torchrun's processes
+    ],
+)
+def test_a_pod_gets_the_processes_that_its_operator_asks_for(
+    monkeypatch, flags, variables, accelerators, count
+):
+    monkeypatch.setattr(os, "environ", variables)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: accelerators)
+    assert mnist.count_to_launch(mnist.parse_arguments(flags)) == count
 
 
 # --- The machine
 
 
 @pytest.mark.parametrize(
-    "files, count",
+    "groups, files, count",
     [
-        ({}, 8),
-        ({"cpu.max": "max 100000"}, 8),
-        ({"cpu.max": "200000 100000"}, 2),
-        ({"cpu.max": "150000 100000"}, 2),
-        ({"cpu.max": "5000 100000"}, 1),
-        ({"cpu.max": "6400000 100000"}, 8),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
-        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ("0::/", {}, 8),
+        ("0::/", {"cpu.max": "max 100000"}, 8),
+        ("0::/", {"cpu.max": "200000 100000"}, 2),
+        ("0::/", {"cpu.max": "150000 100000"}, 2),
+        ("0::/", {"cpu.max": "5000 100000"}, 1),
+        ("0::/", {"cpu.max": "6400000 100000"}, 8),
+        ("0::/my.slice/job", {"my.slice/job/cpu.max": "300000 100000"}, 3),
+        ("0::/my.slice/job", {"my.slice/job/cpu.max": "max 100000", "my.slice/cpu.max": "200000 100000"}, 2),
+        ("0::/my.slice/job", {"other.slice/cpu.max": "100000 100000"}, 8),
+        (
+            "4:memory:/m\n3:cpu,cpuacct:/",
+            {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+            8,
+        ),
+        ("3:cpu,cpuacct:/a/b", {"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ("3:cpu,cpuacct:/a/b", {"cpu/a/cpu.cfs_quota_us": "50000", "cpu/a/cpu.cfs_period_us": "100000"}, 1),
     ],
 )
-def test_processors_are_those_of_the_process_and_of_its_container(monkeypatch, tmp_path, files, count):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
+def test_processors_are_those_of_the_process_and_of_all_groups_that_it_is_in(
+    monkeypatch, tmp_path, groups, files, count
+):
+    root, proc = tmp_path / "sys/fs/cgroup", tmp_path / "proc/self/cgroup"
+    for path, text in ({root / name: text for name, text in files.items()} | {proc: groups}).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(mnist, "Path", lambda folder, name: {"/sys/fs/cgroup": tmp_path}[folder] / name)
+    monkeypatch.setattr(
+        mnist, "Path", lambda path, *more: Path(str(tmp_path) + str(path).removeprefix(str(tmp_path)), *more)
+    )
     assert mnist.count_processors() == count
 
 
@@ -220,7 +259,7 @@ def test_threads_are_no_more_than_the_processors_that_the_program_is_bound_to(sm
     need("taskset", "util-linux")
     command = ["taskset", "-c", str(min(os.sched_getaffinity(0))), *COMMAND]
     code, log = run(small, "-c", f"import os; os.execvp('taskset', {command})", OMP_NUM_THREADS=4)
-    assert code == 0 and log.splitlines()[0].endswith(", 1 threads"), log
+    assert code == 0 and log.splitlines()[0].split(", ")[4] == "1 thread", log
 
 
 COMMAND = [sys.executable, "mnist.py", "--dry-run"]
@@ -267,17 +306,20 @@ def test_the_table_of_flags_is_the_help_text(capsys, monkeypatch):
     assert table == flags
 
 
-def test_after_the_program_a_notebook_has_its_signals_back(small, monkeypatch):
-    """%run runs it in the notebook's own process, which must not keep the program's way to end."""
+def test_after_the_program_a_notebook_has_everything_back(small, monkeypatch):
+    """%run runs it in the notebook's own process, which must not keep the program's ways."""
     monkeypatch.chdir(small)
     for name in JOB:
         monkeypatch.delenv(name, raising=False)
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    seen = []
+
+    def state():
+        log = logging.getLogger()
+        signals = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)]
+        return signals, log.handlers[:], log.level, log.manager.disable, dict(os.environ)
+
+    before, seen = state(), []
     original = mnist.test
-    monkeypatch.setattr(
-        mnist, "test", lambda *all: seen.append(signal.getsignal(signal.SIGTERM)) or original(*all)
-    )
+    monkeypatch.setattr(mnist, "test", lambda *all: seen.append(state()) or original(*all))
     mnist.main(["--dry-run", "--no-cuda"])
-    assert seen and seen[0] not in before
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert seen and seen[0][0] != before[0] and seen[0][1] != before[1]
+    assert state() == before

@@ -59,7 +59,7 @@ def mirror(monkeypatch):
 
 
 def test_the_repository_has_the_files_whose_sums_stand_beside_them_and_torchvision_knows():
-    sums = mnist.find_sums(ROOT / RAW)
+    sums = mnist.checksums(ROOT / RAW)
     for archive, md5 in MNIST.resources:
         packed = (ROOT / RAW / archive).read_bytes()
         assert hashlib.md5(packed).hexdigest() == md5
@@ -97,13 +97,13 @@ def test_packed_and_unpacked_files_are_the_same_data_and_reading_writes_nothing(
 
 def test_sums_are_read_as_the_program_sha256sum_writes_them(small):
     need("sha256sum", "coreutils")
-    expected = mnist.find_sums(small / RAW)
+    expected = mnist.checksums(small / RAW)
     for mode in ("--text", "--binary"):
         words = ["sha256sum", mode, *mnist.FILES]
         printed = subprocess.run(words, cwd=small / RAW, capture_output=True, text=True, check=True).stdout
         for end in ("\n", "\r\n"):
             (small / RAW / "SHA256SUMS").write_text(printed, newline=end)
-            assert mnist.find_sums(small / RAW) == expected
+            assert mnist.checksums(small / RAW) == expected
 
 
 # --- What is damaged or missing
@@ -154,7 +154,7 @@ def test_what_is_no_set_of_digits_is_refused_even_with_its_sums(small):
 
 def test_without_sums_the_archives_must_be_those_of_mnist(tmp_path, mirror):
     shutil.copytree(ROOT / RAW, tmp_path / RAW, ignore=shutil.ignore_patterns("SHA256SUMS", "*ubyte"))
-    assert mnist.find_sums(tmp_path / RAW) == mnist.find_sums(ROOT / RAW)
+    assert mnist.checksums(tmp_path / RAW) == mnist.checksums(ROOT / RAW)
     archive = tmp_path / RAW / "t10k-labels-idx1-ubyte.gz"
     contents = bytearray(archive.read_bytes())
     contents[1000] ^= 1
@@ -184,12 +184,12 @@ def test_another_data_set_is_never_overwritten_and_trained_on_once_it_has_sums(s
 
 def test_where_nothing_is_mnist_is_downloaded_as_a_line_says(tmp_path, mirror, caplog):
     caplog.set_level("INFO")
-    assert mnist.find_sums(tmp_path / RAW) == mnist.find_sums(ROOT / RAW)
+    assert mnist.checksums(tmp_path / RAW) == mnist.checksums(ROOT / RAW)
     assert caplog.messages == [f"Downloading MNIST from {MNIST.mirrors[0]}"]
     assert mirror == {f"{name}.gz" for name in mnist.FILES}
     assert [path.name for path in (tmp_path / RAW).parent.iterdir()] == ["raw"], "something is left over"
     mirror.clear()
-    mnist.find_sums(tmp_path / RAW)
+    mnist.checksums(tmp_path / RAW)
     assert not mirror, "it was downloaded a second time"
 
 
@@ -200,7 +200,7 @@ def test_who_finds_that_another_host_was_faster_takes_what_is_there(tmp_path, mi
 
     slow.mirrors, slow.resources = MNIST.mirrors, MNIST.resources
     monkeypatch.setattr("torchvision.datasets.MNIST", slow)
-    assert mnist.find_sums(tmp_path / RAW) == mnist.find_sums(ROOT / RAW)
+    assert mnist.checksums(tmp_path / RAW) == mnist.checksums(ROOT / RAW)
 
 
 def test_a_download_that_fails_is_one_line_with_what_to_do(tmp_path):

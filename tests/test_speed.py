@@ -75,7 +75,7 @@ def test_a_step_of_training_is_no_slower_than_in_the_older_tutorial(digits, one_
 def test_convolutions_get_channels_last(digits, trainer):
     """The layout saves a tenth of a step, too little for a ratio to show reliably."""
     layouts = []
-    trainer.learner.conv2.register_forward_hook(
+    trainer.model.conv2.register_forward_hook(
         lambda layer, inputs, output: layouts.extend(
             tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (*inputs, output)
         )
@@ -103,6 +103,5 @@ def test_images_come_from_memory(digits, one_thread, trainer, augment, bound):
     loader, _ = shared_torch.loaders(20 * 64)
     trainer.hyperparameters.augment = augment
     # The average takes time to read all weights, so this network has hardly any.
-    trainer.network = trainer.learner = trainer.model = network = NoNetwork()
-    trainer.weights = [[network.output], [network.output]]
+    trainer.ddp_model = trainer.model = trainer.averaged_model = NoNetwork()
     assert median_ratio(lambda: time_epoch(trainer, images, labels), lambda: list(loader), pairs=12) < bound

@@ -40,11 +40,11 @@ def train(job, steps):
     mnist.settle_in()
     trainer = mnist.Trainer(mnist.Hyperparameters(), job)
     if job.world_size > 1:
-        trainer.network = job.distribute(trainer.learner)
+        trainer.ddp_model = job.distribute(trainer.model)
     samples = steps * trainer.hyperparameters.batch_size * job.world_size
     images, labels = (tensor[:samples] for tensor in mnist.load_mnist("datasets")[0])
     time_epoch(trainer, images, labels)  # to warm up
-    job.sum(0)  # a barrier
+    job.all_reduce(0)  # a barrier
     return {"step": time_epoch(trainer, images, labels) / steps}
 
 
@@ -69,7 +69,7 @@ def step(network, stop_if_asked):
 def clock(job, times, function, *arguments):
     """Return the seconds of each of so many calls."""
     function(*arguments)  # to warm up
-    job.sum(0)  # a barrier; none between the calls, because some would leave it before others
+    job.all_reduce(0)  # a barrier; none between the calls, because some would leave it before others
     return timeit.repeat(lambda: function(*arguments), number=1, repeat=times)
 
 
@@ -78,6 +78,6 @@ if __name__ == "__main__":
     job = mnist.Job.from_environment()
     with job.connected("gloo", timeout=120):
         seen = sleep(job, int(steps), float(*seconds)) if seconds else train(job, int(steps))
-        job.sum(0)  # a barrier: nobody leaves early
+        job.all_reduce(0)  # a barrier: nobody leaves early
     if job.rank == 0:
         Path(output).write_text(json.dumps(seen))

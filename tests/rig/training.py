@@ -49,7 +49,7 @@ def fingerprint(value):
 def weights(folder):
     """Return the fingerprint of all in a folder's checkpoint that decides how training goes on."""
     checkpoint = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
-    return fingerprint([checkpoint[part] for part in ("model", "learner", "optimizer", "scheduler")])
+    return fingerprint([checkpoint[part] for part in ("model", "averaged_model", "optimizer", "scheduler")])
 
 
 def results(text):
