@@ -56,7 +56,7 @@ WITHOUT_TRAINING = [
 ]
 
 
-def save(notebook_cells, folder):
+def save(notebook_cells, folder, name="mnist"):
     """Save cells as the notebook of the project in `folder`."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells = notebook_cells
@@ -65,7 +65,7 @@ def save(notebook_cells, folder):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     (folder / "notebooks").mkdir(exist_ok=True)
-    nbformat.write(notebook, folder / "notebooks" / "mnist.ipynb")
+    nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
 
 
 def submit_in(folder, names=WITHOUT_TRAINING, change=("", ""), parameters=(), **environment):
@@ -82,11 +82,11 @@ def submit_in(folder, names=WITHOUT_TRAINING, change=("", ""), parameters=(), **
     return run(project, "-m", "papermill", *arguments, DOCKER_HOST="unix:///nowhere", **environment)
 
 
-def save_small(folder, names, *more):
+def save_small(folder, names, *more, name="mnist"):
     """Save these cells, and more, as the notebook of a small project."""
     cells = {name: CELLS[name].copy() for name in names}
     cells["parameters"].source = cells["parameters"].source.replace("epochs: int = 5", "epochs: int = 2")
-    save([*cells.values(), *map(nbformat.v4.new_code_cell, more)], folder)
+    save([*cells.values(), *map(nbformat.v4.new_code_cell, more)], folder, name)
 
 
 def make_small_tutorial(folder, train=5350, test=1000):
