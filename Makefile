@@ -27,14 +27,15 @@ test: .venv/tests .venv/question-answering
 	$(RUN) pytest
 
 lab: .venv/notebook
-	$(RUN) jupyterlab notebooks/mnist.ipynb
+	$(RUN) jupyterlab --ServerApp.root_dir="$(CURDIR)" notebooks/mnist.ipynb
 
 lint: .venv/tests
 	$(RUN) ruff check . && $(RUN) ruff format --check .
 
 .venv/uv:
 	$(PYTHON) -m venv .venv
-	$(RUN) pip install --quiet --disable-pip-version-check uv==0.13.8
+	PIP_TARGET= PIP_PREFIX= PIP_ROOT= PIP_USER= $(RUN) pip install --quiet --disable-pip-version-check uv==0.13.8
+	@test -x $(BIN)/uv || { echo "pip has put uv elsewhere: its settings (pip config list) must not say where." >&2; exit 1; }
 	touch $@
 
 # requirements.txt serves as the list of versions, not of packages: other builds of torch need fewer.

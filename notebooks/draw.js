@@ -4,6 +4,7 @@
 const SIDE = 280; // width and height of the paper, in pixels of the page
 const SENT = 112; // width and height of what is sent, in points: fine enough for a digit, and quick to send
 const STEP = 7; // how far an arrow key moves the pen
+const SMALLEST = 60; // the height or width of a digit that can be read: the pen is too thick for smaller ones
 
 const STYLE = `
 .pad { display: flex; flex-wrap: wrap; gap: 1.5em; max-width: 44em; padding: 4px; font-size: 14px;
@@ -57,6 +58,7 @@ function render({ model, el }) {
   const small = new OffscreenCanvas(SENT, SENT).getContext("2d", { willReadFrequently: true });
   Object.assign(ink, { lineWidth: 20, lineCap: "round", lineJoin: "round" });
   const pen = { down: false }; // x and y are set by move
+  let drawn = { x: [], y: [] }; // the places where the pen was down
 
   function send() {
     small.clearRect(0, 0, SENT, SENT);
@@ -70,8 +72,10 @@ function render({ model, el }) {
     if (pen.down) {
       ink.beginPath();
       ink.moveTo(pen.x, pen.y);
-      ink.lineTo(x, y);
+      ink.lineTo(x + 0.01, y); // a line of no length at all would leave no dot
       ink.stroke();
+      drawn.x.push(pen.x, x);
+      drawn.y.push(pen.y, y);
       send();
     }
     Object.assign(pen, { x, y });
@@ -81,6 +85,7 @@ function render({ model, el }) {
   function clear() {
     ink.clearRect(0, 0, SIDE, SIDE);
     pen.down = false;
+    drawn = { x: [], y: [] };
     move(SIDE / 2, SIDE / 2);
     send();
   }
@@ -116,7 +121,10 @@ function render({ model, el }) {
       row.querySelector(".percent").textContent = percent;
       row.style.fontWeight = probabilities[digit] === best ? "bold" : "normal";
     });
-    find(".guess").textContent = probabilities.length ? `It reads a ${probabilities.indexOf(best)}.` : "Nothing to read yet.";
+    const size = Math.max(...[drawn.x, drawn.y].map((places) => Math.max(...places) - Math.min(...places)));
+    if (!probabilities.length) find(".guess").textContent = "Nothing to read yet.";
+    else if (drawn.x.length && size < SMALLEST) find(".guess").textContent = "Write larger, please.";
+    else find(".guess").textContent = `It reads a ${probabilities.indexOf(best)}.`;
     const image = new ImageData(28, 28);
     const seen = model.get("seen");
     for (let i = 0; i < seen.byteLength; i++) image.data[4 * i + 3] = seen.getUint8(i);

@@ -12,14 +12,11 @@ logging.basicConfig(level="INFO", format="%(message)s")
 notebook = papermill.execute_notebook(
     NOTEBOOK, None, cwd=NOTEBOOK.parent, progress_bar=False, log_output=True, coalesce_streams=True
 )
-notebook.metadata = {
-    "kernelspec": notebook.metadata.kernelspec,
-    "language_info": {"name": "python"},  # without the version, which differs from one machine to the next
-}
+# Without all of language_info, JupyterLab would mark the notebook as changed, and nbconvert write no .py.
+notebook.metadata = {name: notebook.metadata[name] for name in ("kernelspec", "language_info")}
 for cell in notebook.cells:
     for output in cell.get("outputs", []):
         if output.output_type == "stream":
             output.text = output.text.replace("\r\n", "\n")  # `!` runs commands in a terminal
-    tags = cell.metadata.get("tags")
-    cell.metadata = {"tags": tags} if tags else {}
+    cell.metadata = {name: cell.metadata[name] for name in ("jupyter", "tags") if cell.metadata.get(name)}
 nbformat.write(notebook, NOTEBOOK)

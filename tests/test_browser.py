@@ -21,11 +21,14 @@ from tests.rig.project import ROOT
 from tests.rig.tutorial import (
     CODE,
     NOTEBOOK,
+    PADS,
+    PARTS,
     PICTURES,
     assert_is_a_picture,
     images_of,
     make_small_tutorial,
     pixels,
+    save_small,
 )
 
 pytestmark = pytest.mark.timeout(1800)
@@ -150,8 +153,9 @@ def photograph(part, name, **how):
 
 
 def test_all_cells_run_and_none_shows_an_error_or_a_warning(notebook):
-    prompts = notebook.cells.locator(".jp-InputPrompt").all_text_contents()
-    assert prompts == [f"[{i}]:" for i in range(1, len(CODE) + 1)]
+    unfolded = notebook.page.locator(".jp-Notebook .jp-CodeCell:not(:has(.jp-InputPlaceholder))")
+    numbers = [number for number, cell in enumerate(CODE, 1) if "jupyter" not in cell.metadata]
+    assert unfolded.locator(".jp-InputPrompt").all_text_contents() == [f"[{number}]:" for number in numbers]
     kinds = "els => els.map(e => e.dataset.mimeType + ': ' + e.textContent.slice(0, 200))"
     outputs = notebook.page.locator(".jp-OutputArea-output").evaluate_all(kinds)
     assert len(outputs) > PICTURES
@@ -174,7 +178,7 @@ def test_the_log_comes_while_the_trainer_runs(notebook):
 
 def test_every_picture_is_drawn_on_the_screen(notebook):
     images = notebook.page.locator(".jp-OutputArea img")
-    assert images.count() == PICTURES - 1  # the pad takes the place of one
+    assert images.count() == PICTURES - PADS  # the pads take the places of theirs
     for i, image in enumerate(images.all()):
         contents = {name: image.get_attribute(name) for name in ("src", "alt")}
         meant = assert_is_a_picture(contents)
@@ -183,6 +187,94 @@ def test_every_picture_is_drawn_on_the_screen(notebook):
         there = photograph(image, f"picture-{i + 1:02}")
         assert there.mean() == pytest.approx(meant.mean(), abs=0.02), contents["alt"]
         assert there.std() == pytest.approx(meant.std(), abs=0.05), contents["alt"]
+
+
+# --- Coming and going -----------------------------------------------------------------------------
+
+TO_THE_TRAINING = ["go-to-the-project", "parameters", "check-the-parameters", "load-the-trainer", *PARTS]
+TO_THE_TRAINING += ["remove-old-results", "run-the-trainer", "check-the-run"]
+SAID = "n => [...document.querySelectorAll('.jp-CodeCell')][n].querySelector('.jp-OutputArea')?.textContent"
+
+
+def open_training(lab, browser, project):
+    """Open only the cells up to the training, as a notebook beside the whole one, on a page of its own."""
+    save_small(project, TO_THE_TRAINING, name="training")
+    page = browser.new_page()
+    page.set_default_timeout(5 * MINUTES)
+    reopen(page, lab)
+    return page
+
+
+def reopen(page, lab):
+    page.goto(f"{lab}/doc/tree/notebooks/training.ipynb")
+    expect(page.locator(".jp-Notebook .jp-CodeCell")).to_have_count(len(TO_THE_TRAINING))
+
+
+def choose(page, menu, item):
+    page.get_by_role("menuitem", name=menu, exact=True).click()
+    page.get_by_role("menuitem", name=re.compile(f"^{item}")).first.click()  # a shortcut may follow
+
+
+def wait_until_it_says(page, name, words):
+    said = f"([n, words]) => ({SAID})(n)?.includes(words)"
+    place = TO_THE_TRAINING.index(name)
+    page.wait_for_function(said, arg=[place, words], timeout=5 * MINUTES)
+
+
+def run_cell(page, name):
+    page.locator(".jp-Notebook .jp-CodeCell").nth(TO_THE_TRAINING.index(name)).locator(".cm-content").click()
+    choose(page, "Run", "Run Selected Cell and Do not Advance")
+
+
+def test_a_training_that_is_interrupted_says_how_to_go_on_and_goes_on(notebook, lab, browser, project):
+    page = open_training(lab, browser, project)
+    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible()
+    choose(page, "Run", "Run All Cells")
+    wait_until_it_says(page, "run-the-trainer", "Epoch: 1 (")
+    choose(page, "Kernel", "Interrupt Kernel")
+    wait_until_it_says(page, "run-the-trainer", "Stopped by a signal. --resume goes on")
+    run_cell(page, "check-the-run")
+    wait_until_it_says(page, "check-the-run", "write --resume at the end of its command")
+    cell = page.locator(".jp-Notebook .jp-CodeCell").nth(TO_THE_TRAINING.index("run-the-trainer"))
+    cell.locator(".cm-content").click()
+    page.keyboard.press("Control+End")
+    page.keyboard.type(" --resume")
+    choose(page, "Run", "Run Selected Cell and Do not Advance")
+    wait_until_it_says(page, "run-the-trainer", "Resuming in epoch 1 after ")
+    run_cell(page, "check-the-run")
+    wait_until_it_says(page, "check-the-run", "2 epoch(s), ")
+    page.close()
+
+
+def test_a_page_that_is_closed_while_it_trains_loses_only_what_is_printed(notebook, lab, browser, project):
+    page = open_training(lab, browser, project)
+    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible()
+    choose(page, "Run", "Run All Cells")
+    wait_until_it_says(page, "run-the-trainer", "Epoch: 1 (")
+    choose(page, "File", "Save Notebook")
+    page.close()
+    page = browser.new_page()
+    page.set_default_timeout(5 * MINUTES)
+    reopen(page, lab)
+    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=5 * MINUTES)
+    run_cell(page, "check-the-run")
+    wait_until_it_says(page, "check-the-run", "2 epoch(s), ")
+    page.close()
+
+
+def test_opening_the_notebook_does_not_change_it(lab, browser, project):
+    """The language's details in the file are those that the kernel gives."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert {"file_extension", "mimetype", "pygments_lexer", "version"} <= set(notebook.metadata.language_info)
+    notebook.metadata.language_info.version = sys.version.split()[0]  # the one thing that may differ
+    nbformat.write(notebook, project / "notebooks" / "stored.ipynb")
+    page = browser.new_page()
+    page.set_default_timeout(2 * MINUTES)
+    connect(page, f"{lab}/doc/tree/notebooks/stored.ipynb")
+    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible()
+    page.wait_for_timeout(2000)
+    assert page.locator(".jp-mod-dirty").count() == 0
+    page.close()
 
 
 # --- Writing digits: points on a paper of 100 by 100 ----------------------------------------------
@@ -204,7 +296,7 @@ SEVEN += [(57, 50), (54, 57), (51, 64), (48, 71), (45, 78), (43, 85)]
 @pytest.fixture
 def pad(notebook):
     """The pad, in view, with empty paper."""
-    pad = notebook.page.locator(".pad")
+    pad = notebook.page.locator(".pad").last  # of the better network
     pad.scroll_into_view_if_needed()
     clear(pad)
     yield pad
@@ -252,6 +344,33 @@ def test_a_digit_written_with_the_mouse_is_read(digit, points, pad):
     assert abs(sum(percents) - 100) <= 5  # each is rounded
     widths = "bars => bars.map(bar => Math.round(100 * bar.offsetWidth / bar.parentElement.clientWidth))"
     assert pad.locator(".bar").evaluate_all(widths) == pytest.approx(percents, abs=1)
+
+
+def test_the_first_pad_reads_with_the_network_trained_by_hand(notebook):
+    first, last = notebook.page.locator(".pad").all()
+    first.scroll_into_view_if_needed()
+    clear(last)
+    write(first, ONE)
+    expect_it_says(first, "It reads a 1.")
+    notebook.page.mouse.up()
+    expect_it_says(last, "Nothing to read yet.")
+
+
+def test_a_click_leaves_a_dot_and_what_is_too_small_is_to_be_written_larger(pad):
+    ink = "canvas => canvas.getContext('2d').getImageData(0, 0, 280, 280).data.filter(value => value).length"
+    assert paper(pad).evaluate(ink) == 0
+    (middle,) = on_the_page(pad, [(50, 50)])
+    pad.page.mouse.click(*middle)
+    assert paper(pad).evaluate(ink) > 200
+    expect_it_says(pad, "Write larger, please.")
+    clear(pad)
+    write(pad, [(40 + x / 10, 40 + y / 10) for x, y in SEVEN])  # 20 pixels high
+    pad.page.mouse.up()
+    expect_it_says(pad, "Write larger, please.")
+    clear(pad)
+    write(pad, [(40 + x / 3, 40 + y / 3) for x, y in SEVEN])
+    pad.page.mouse.up()
+    expect_it_says(pad, "It reads a 7.")
 
 
 def test_the_bars_move_while_digits_are_written(pad):

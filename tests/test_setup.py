@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,43 @@ def test_pips_index_is_also_uvs(tmp_path):
     asked = (tmp_path / "asked").read_text()
     assert '"GET /simple/torch/ HTTP/1.1" 404' in asked, made.stderr + asked
     assert made.returncode == 2 and "torch was not found in the package registry" in made.stderr, made.stderr
+
+
+@pytest.fixture
+def index_with_uv(tmp_path):
+    """Variables with which pip finds a package named uv, a stand-in, in a folder."""
+    wheel = tmp_path / "index" / "uv-0.13.8-py3-none-any.whl"
+    wheel.parent.mkdir()
+    about = "uv-0.13.8.dist-info/"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        program = zipfile.ZipInfo("uv-0.13.8.data/scripts/uv")
+        program.external_attr = 0o100755 << 16
+        archive.writestr(program, "#!/bin/sh\nexit 0\n")
+        archive.writestr(about + "METADATA", "Metadata-Version: 2.1\nName: uv\nVersion: 0.13.8\n")
+        archive.writestr(about + "WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(about + "RECORD", "")
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent)}
+
+
+def test_uv_goes_into_the_environment_or_make_stops_whatever_pips_settings_say(tmp_path, index_with_uv):
+    need("make", "make")
+    for name in ("Makefile", "requirements.in", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    settings = tmp_path / "pip.conf"
+    settings.write_text(f"[install]\ntarget = {tmp_path / 'elsewhere'}\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
+    environment |= index_with_uv
+    command = ["make", "--no-print-directory", f"PYTHON={sys.executable}", ".venv/uv"]
+
+    def made(**more):
+        return subprocess.run(command, cwd=tmp_path, env=environment | more, capture_output=True, text=True)
+
+    stopped = made(PIP_CONFIG_FILE=str(settings))
+    assert stopped.returncode == 2 and not (tmp_path / ".venv/uv").exists()
+    assert "pip has put uv elsewhere: its settings (pip config list) must not say where.\n" in stopped.stderr
+    done = made(PIP_TARGET=str(tmp_path / "elsewhere"), PIP_USER="1")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / ".venv/bin/uv").exists() and (tmp_path / ".venv/uv").exists()
 
 
 def test_a_python_that_is_gone_is_one_sentence(tmp_path):
