@@ -77,6 +77,7 @@ function render({ model, el }) {
       drawn.x.push(pen.x, x);
       drawn.y.push(pen.y, y);
       send();
+      say();
     }
     Object.assign(pen, { x, y });
     Object.assign(find(".pen").style, { left: `${x}px`, top: `${y}px` });
@@ -112,6 +113,15 @@ function render({ model, el }) {
   });
   find("button").addEventListener("click", clear);
 
+  function say() {
+    const probabilities = model.get("probabilities");
+    const size = Math.max(...[drawn.x, drawn.y].map((places) => Math.max(...places) - Math.min(...places)));
+    let words = `It reads a ${probabilities.indexOf(Math.max(...probabilities))}.`;
+    if (!probabilities.length) words = "Nothing to read yet.";
+    else if (drawn.x.length && size < SMALLEST) words = "Write larger, please.";
+    find(".guess").textContent = words;
+  }
+
   function update() {
     const probabilities = model.get("probabilities");
     const best = Math.max(...probabilities);
@@ -121,10 +131,7 @@ function render({ model, el }) {
       row.querySelector(".percent").textContent = percent;
       row.style.fontWeight = probabilities[digit] === best ? "bold" : "normal";
     });
-    const size = Math.max(...[drawn.x, drawn.y].map((places) => Math.max(...places) - Math.min(...places)));
-    if (!probabilities.length) find(".guess").textContent = "Nothing to read yet.";
-    else if (drawn.x.length && size < SMALLEST) find(".guess").textContent = "Write larger, please.";
-    else find(".guess").textContent = `It reads a ${probabilities.indexOf(best)}.`;
+    say();
     const image = new ImageData(28, 28);
     const seen = model.get("seen");
     for (let i = 0; i < seen.byteLength; i++) image.data[4 * i + 3] = seen.getUint8(i);
