@@ -503,7 +503,7 @@ class Job(Alone):
         """Return the model, wrapped so that its gradients are averaged over all processes."""
         ddp_model = nn.parallel.DistributedDataParallel(model)
         # A first pass, without a step, fixes the order in which gradients are added, also after --resume.
-        ddp_model(torch.zeros(1, 28, 28, device=model.fc1.weight.device)).sum().backward()
+        ddp_model(torch.zeros(1, 28, 28, device=next(model.parameters()).device)).sum().backward()
         return ddp_model
 
     def all_reduce(self, *numbers):
