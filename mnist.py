@@ -626,12 +626,12 @@ def launch(each, argv):
         env.setdefault("PET_LOCAL_ADDR", "localhost")
         with suppress(OSError):  # it need not know its own name either, only the way back to itself
             env.setdefault("GLOO_SOCKET_IFNAME", socket.if_indextoname(1))
-        try:
-            socket.create_connection(("localhost", 1)).close()
-        except ConnectionRefusedError:
-            pass  # so it can be reached
-        except OSError as error:
-            raise ConnectionError(f"processes cannot meet at localhost: {error}") from error
+        reached = False
+        for family, kind, _, _, address in socket.getaddrinfo("localhost", 1, type=socket.SOCK_STREAM):
+            with suppress(OSError), socket.socket(family, kind) as knock:
+                reached |= knock.connect_ex(address) in (0, errno.ECONNREFUSED)
+        if not reached:
+            raise ConnectionError("processes cannot meet: this machine does not reach itself as localhost")
     share = count_processors() // max(1, int(each)) if each.isdecimal() else 1
     env.setdefault("OMP_NUM_THREADS", str(max(1, share)))
     # All of torchrun's signals but SIGHUP, which nohup ignores. (PyTorch 2.9 does not read this yet.)

@@ -218,7 +218,9 @@ def test_build_arguments_reach_what_they_are_for(engine, mnist, project):
 def test_bad_usage_is_one_sentence_and_code_2(engine, mnist):
     code, output = engine("run", "--rm", mnist, "--epochs", 0)
     assert code == 2
-    assert output.endswith("mnist.py: error: argument --epochs: '0' is not a whole number of 1 or more\n")
+    assert output.endswith(
+        "mnist.py: error: argument --epochs: '0' is not a whole number from 1 to 1000000000\n"
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence_and_code_1(engine, mnist, tmp_path):
