@@ -17,7 +17,7 @@ from threading import Timer
 import pytest
 import torch
 
-from tests.rig.engine import BUILD, persons_project
+from tests.rig.engine import BASE_IMAGE, BUILD, persons_project
 from tests.rig.guide import CHAPTERS, GUIDE, run_chapter
 from tests.rig.processes import free_port, need
 from tests.rig.project import ROOT
@@ -324,6 +324,24 @@ def test_whatever_the_builder_s_umask_everybody_can_read_what_is_in_the_images(e
                 assert {"mnist.py", "pytorchjob-mnist.yaml", "notebooks/mnist.ipynb", "output"} <= set(found)
     finally:
         engine("image", "rm", "mnist-private")
+
+
+def test_debian_s_own_python_is_a_base_too(engine, project, tmp_path):
+    """It takes packages from apt alone unless told otherwise, and is called python3."""
+    marker = "$(python3 -c 'import sysconfig; print(sysconfig.get_path(\"stdlib\"))')/EXTERNALLY-MANAGED"
+    change = f'printf "[externally-managed]\\n" > "{marker}" && rm "$(command -v python)"'
+    base, context = tmp_path / "base", shutil.copytree(project, tmp_path / "project")
+    base.mkdir()
+    (base / "Dockerfile").write_text(f"FROM {BASE_IMAGE}\nRUN {change}\n")
+    (context / "requirements-none.in").write_text("filelock\n")
+    (context / "reader.py").write_text("import filelock, sys; print(sys.version_info.major)")
+    arguments = ["--build-arg=REQUIREMENTS=requirements-none.in", "--build-arg=TRAINER=reader.py"]
+    try:
+        engine.build("debian-python", context=base)
+        engine.build("mnist-debian", "--build-arg=BASE_IMAGE=debian-python", *arguments, context=context)
+        assert engine.must("run", "--rm", "--network=none", "mnist-debian") == "3\n"
+    finally:
+        engine("image", "rm", "mnist-debian", "debian-python")
 
 
 def test_two_processes_train_in_a_container_without_network(engine, mnist, little, output):
