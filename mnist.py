@@ -652,7 +652,9 @@ def exit_code(end):
     agents = [frame.f_locals.get("agent") for frame, _ in traceback.walk_tb(end.__traceback__)]
     context = next((agent._pcontext for agent in agents if agent), None)
     started = context.subprocess_handlers.values() if context else ()
-    codes = [process.proc.returncode for process in started] or [1]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt this
+    codes = [process.proc.wait() for process in started] or [1]
     for rank, code in enumerate(codes):
         if code < 0 and code != -signal.SIGTERM:
             why = " (often, memory has run out)" if code == -signal.SIGKILL else ""

@@ -795,10 +795,10 @@ def test_digits_come_first_then_learning_and_nobody_has_to_pass_the_checkpoints_
 
 
 def test_cells_are_short():
-    long = {
-        cell.id: cell.source.count("\n") + 1 for cell in CODE if not cell.source.startswith("%%writefile")
-    }
-    assert max(long.values()) <= 30
+    told = [cell for cell in CODE if not cell.source.startswith("%%writefile")]
+    long = {cell.id: cell.source.count("\n") + 1 for cell in told}
+    assert max(long.values()) <= 45
+    assert max(long[cell.id] for cell in told if not cell.metadata.get("jupyter")) <= 30
     assert sorted(long.values())[len(long) // 2] <= 10
 
 
