@@ -237,8 +237,8 @@ class Trainer:
         h, rank, world_size = self.hyperparameters, self.job.rank, self.job.world_size
         order = epoch_order(len(images), h.seed, self.epoch).to(self.device)
         distortions = epoch_distortions(len(images), h.seed, self.epoch).to(self.device)
-        cuda = torch.get_device_module(self.device)
-        generator = torch.default_generator if self.device.type == "cpu" else cuda
+        of_device = torch.get_device_module(self.device)
+        generator = torch.default_generator if self.device.type == "cpu" else of_device
         batch_size = h.batch_size * world_size  # of all processes together
         self.model.train()
         for start in range(self.samples_seen, len(images), batch_size):

@@ -196,12 +196,15 @@ TO_THE_TRAINING += ["remove-old-results", "run-the-trainer", "check-the-run"]
 SAID = "n => [...document.querySelectorAll('.jp-CodeCell')][n].querySelector('.jp-OutputArea')?.textContent"
 
 
-def open_training(lab, browser, project):
-    """Open only the cells up to the training, as a notebook beside the whole one, on a page of its own."""
+def start_training(lab, browser, project):
+    """Run only the cells up to the training, as a notebook beside the whole one, until it trains."""
     save_small(project, TO_THE_TRAINING, name="training")
     page = browser.new_page()
     page.set_default_timeout(5 * MINUTES)
     reopen(page, lab)
+    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible()
+    choose(page, "Run", "Run All Cells")
+    wait_until_it_says(page, "run-the-trainer", "Epoch: 1 (")
     return page
 
 
@@ -227,10 +230,7 @@ def run_cell(page, name):
 
 
 def test_a_training_that_is_interrupted_says_how_to_go_on_and_goes_on(notebook, lab, browser, project):
-    page = open_training(lab, browser, project)
-    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible()
-    choose(page, "Run", "Run All Cells")
-    wait_until_it_says(page, "run-the-trainer", "Epoch: 1 (")
+    page = start_training(lab, browser, project)
     choose(page, "Kernel", "Interrupt Kernel")
     wait_until_it_says(page, "run-the-trainer", "Stopped by a signal. --resume goes on")
     run_cell(page, "check-the-run")
@@ -247,10 +247,7 @@ def test_a_training_that_is_interrupted_says_how_to_go_on_and_goes_on(notebook, 
 
 
 def test_a_page_that_is_closed_while_it_trains_loses_only_what_is_printed(notebook, lab, browser, project):
-    page = open_training(lab, browser, project)
-    expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible()
-    choose(page, "Run", "Run All Cells")
-    wait_until_it_says(page, "run-the-trainer", "Epoch: 1 (")
+    page = start_training(lab, browser, project)
     choose(page, "File", "Save Notebook")
     page.close()
     page = browser.new_page()
