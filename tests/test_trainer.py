@@ -489,7 +489,7 @@ def test_steps_of_two_processes_are_those_of_a_single_one_with_their_batches_tog
 class Share(mnist.Job):
     """One of several processes, without the others: the sums are added up by the test."""
 
-    def sum(self, *numbers):
+    def all_reduce(self, *numbers):
         return list(numbers)
 
     def stop_if_asked(self):
