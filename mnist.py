@@ -10,7 +10,6 @@ training, after saving a checkpoint from which --resume continues.
 """
 
 import argparse
-import builtins
 import copy
 import ctypes
 import errno
@@ -39,7 +38,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.elastic as elastic
 import torch.distributed.run
 import torch.nn as nn
 import torch.nn.functional as F
@@ -52,10 +50,7 @@ MEAN, STD = 0.1307, 0.3081
 
 
 class Net(nn.Module):
-    """Two convolutions and two linear layers: 1,199,882 parameters.
-
-    Its state_dict fits https://github.com/pytorch/examples/tree/main/mnist, but it normalises its own input.
-    """
+    """Two convolutions and two linear layers, as in https://github.com/pytorch/examples/tree/main/mnist."""
 
     def __init__(self):
         super().__init__()
@@ -74,8 +69,7 @@ class Net(nn.Module):
         x = F.relu(self.conv1(x))  # [N, 32, 26, 26]
         # ReLU and max-pooling can swap places. Pooling first leaves ReLU only a quarter of the values.
         x = F.relu(F.max_pool2d(self.conv2(x), 2))  # [N, 64, 12, 12]
-        x = F.relu(self.fc1(x.flatten(1)))  # [N, 9216], then [N, 128]
-        x = self.dropout(x)
+        x = self.dropout(F.relu(self.fc1(x.flatten(1))))  # [N, 9216], then [N, 128]
         return F.log_softmax(self.fc2(x).float(), dim=1)
 
 
@@ -89,8 +83,7 @@ def load_mnist(folder, device="cpu"):
 
     Returns two pairs (images, labels), for training and for testing: uint8 [N, 28, 28], int64 [N].
     """
-    raw = Path(folder, "MNIST", "raw")
-    sums = checksums(raw)
+    sums = checksums(raw := Path(folder, "MNIST", "raw"))
     images, labels, *of_test = (read_idx(raw / name, sums[name]).to(device) for name in FILES)
     for digits, answers in ((images, labels), of_test):
         if answers.ndim != 1 or digits.shape != (len(answers) or 1, 28, 28) or (answers > 9).any():
@@ -106,17 +99,15 @@ def read_idx(path, sha256):
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{found} is damaged: put a good copy there ({error})") from error
     if sha256 is None:
-        raise ValueError(f"{path} has no line in SHA256SUMS: the program sha256sum prints one")
+        raise ValueError(f"{path} has no line in SHA256SUMS: sha256sum prints one, to be saved as UTF-8")
     if hashlib.sha256(contents).hexdigest() != sha256:  # otherwise it would learn, only less well
         raise ValueError(f"{found} does not match SHA256SUMS: put a good copy there, or correct the sum")
     # Two zeros, the type of the numbers, how many dimensions they have, and the length of each.
     header = 4 + 4 * sum(contents[3:4])
     shape = [int.from_bytes(contents[i : i + 4], "big") for i in range(4, header, 4)]
     if contents[:3] != b"\0\0\x08":
-        types = {9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
-        raise ValueError(
-            f"{found} holds {types.get(sum(contents[:3]), 'something else')}, but must hold uint8"
-        )
+        kind = {9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}.get(sum(contents[:3]))
+        raise ValueError(f"{found} holds {kind or 'something else'}, but must hold uint8")
     data = torch.frombuffer(bytearray(contents), dtype=torch.uint8)[header:]
     if len(data) != math.prod(shape):
         raise ValueError(f"{found} holds {len(data)} numbers, but announces {math.prod(shape)}")
@@ -126,11 +117,9 @@ def read_idx(path, sha256):
 def checksums(raw):
     """Return the SHA-256 of each of FILES, unpacked, or None where SHA256SUMS has no line for it."""
     if (listed := raw / "SHA256SUMS").exists():
-        try:  # each line is "SUM  NAME", "SUM *NAME" or "SHA256 (NAME) = SUM"
-            form = r"(?im)^\s*(?:SHA256 ?\((.+)\)\s*=\s*)?([0-9a-f]{64})(?:[ \t]+\*?(.+?))?\s*$"
-            lines = re.findall(form, listed.read_text("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{listed} must be text in UTF-8, as sha256sum writes it ({error})") from error
+        # Each line is "SUM  NAME", "SUM *NAME" or "SHA256 (NAME) = SUM".
+        form = r"(?im)^\s*(?:SHA256 ?\((.+)\)\s*=\s*)?([0-9a-f]{64})(?:[ \t]+\*?(.+?))?\s*$"
+        lines = re.findall(form, listed.read_text("utf-8-sig", errors="replace"))
         sums = {os.path.realpath(raw / (first or last)): sum.lower() for first, sum, last in lines}
         return {name: sums.get(os.path.realpath(raw / name)) for name in FILES}
     # Without SHA256SUMS, the data must be MNIST itself.
@@ -138,8 +127,7 @@ def checksums(raw):
 
     if bad := [raw / name for name, md5 in MNIST.resources if not utils.check_integrity(raw / name, md5)]:
         raise ValueError(f"{bad[0]} is not MNIST's: other data needs `sha256sum *-ubyte > SHA256SUMS` there")
-    unpacked = {name: gzip.decompress((raw / f"{name}.gz").read_bytes()) for name in FILES}
-    return {name: hashlib.sha256(contents).hexdigest() for name, contents in unpacked.items()}
+    return {n: hashlib.sha256(gzip.decompress((raw / f"{n}.gz").read_bytes())).hexdigest() for n in FILES}
 
 
 def random_seed(*purpose):
@@ -268,9 +256,8 @@ class Trainer:
         # Each step goes a little astray, having seen only one batch. Averaged, these errors cancel out.
         # The last tenth counts for two thirds (see https://proceedings.mlr.press/v28/shamir13.html).
         with torch.no_grad():
-            averages = self.averaged_model.parameters()
-            for average, weight in zip(averages, self.model.parameters(), strict=True):
-                average.lerp_(weight, 10 / (10 + self.steps))
+            for mean, weight in zip(self.averaged_model.parameters(), self.model.parameters(), strict=True):
+                mean.lerp_(weight, 10 / (10 + self.steps))
         self.steps += 1
         return loss.detach()
 
@@ -583,7 +570,7 @@ def settle_in():
 def state_restored():
     """Restore variables, signal handlers and the log at the end, because a notebook lives on after %run."""
     # A program of its own is about to end. All is done then, and no signal may change its exit code any more.
-    ends = __name__ == "__main__" and not hasattr(builtins, "get_ipython")
+    ends = __name__ == "__main__" and "IPython" not in sys.modules
     env, log, numbers = dict(os.environ), logging.getLogger(), (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
     handlers = [signal.getsignal(number) for number in numbers]
     log_was = log.handlers[:], log.level, log.manager.disable
@@ -638,11 +625,12 @@ def launch(each, argv):
     env.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     env["MNIST_LAUNCHER"] = str(os.getpid())
     logging.disable()  # otherwise torchrun adds a page to the one line of a failed process
+    multiprocessing, rendezvous = dist.elastic.multiprocessing, dist.elastic.rendezvous
     try:
         dist.run.main([*options, __file__, *argv])
-    except (elastic.multiprocessing.SignalException, elastic.multiprocessing.errors.ChildFailedError) as end:
+    except (multiprocessing.SignalException, multiprocessing.errors.ChildFailedError) as end:
         return exit_code(end)
-    except (elastic.rendezvous.RendezvousError, AssertionError, RuntimeError, ValueError) as error:
+    except (rendezvous.RendezvousError, AssertionError, RuntimeError, ValueError) as error:
         raise ConnectionError(f"processes did not meet, or a PET_… variable is wrong: {error!r}") from error
     return 0
 
