@@ -239,15 +239,14 @@ def test_every_parameter_is_checked_and_is_used():
     assert [name for name in names if not re.search(rf"\b{name}\b", rest)] == []
 
 
-@pytest.mark.parametrize(("name", "value"), [("epochs", "abc"), ("batch_size", "1000000"), ("submit", "1")])
-def test_papermill_stops_at_a_bad_value_and_nothing_is_written(name, value, small):
+def test_papermill_stops_at_a_bad_value_and_nothing_is_written(small):
     (small / "notebooks").mkdir()
     shutil.copy(NOTEBOOK, small / "notebooks")
     before = files_in(small)
     out = small.parent / "out.ipynb"
-    code, output = run(small, "-m", "papermill", "notebooks/mnist.ipynb", out, "-p", name, value)
+    code, output = run(small, "-m", "papermill", "notebooks/mnist.ipynb", out, "-p", "epochs", "abc")
     assert code == 1
-    assert re.search(rf"\nValueError: {name} must be [^\n]+, not '?{value}'?\.\n", output)
+    assert re.search(r"\nValueError: epochs must be [^\n]+, not 'abc'\.\n", output)
     assert files_in(small) == before
 
 
