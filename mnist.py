@@ -204,18 +204,19 @@ class Trainer:
         if h.optimizer == "adadelta":
             self.optimizer = torch.optim.Adadelta(self.model.parameters(), h.lr)
         else:
-            # Weight decay pulls all weights a little towards 0, so only useful ones stay large.
             options = {"momentum": h.momentum, "nesterov": h.momentum > 0, "weight_decay": 5e-4}
             self.optimizer = torch.optim.SGD(self.model.parameters(), h.lr, **options, fused=True)
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, h.gamma)
-        self.steps = 0  # since training began
-        self.history = []  # one dict for each finished epoch: the lines of metrics.jsonl
+        self.steps, self.history = 0, []  # since training began; a line of metrics.jsonl for each epoch
         self.begin(epoch=1)
 
     def begin(self, epoch):
         self.epoch, self.seconds = epoch, 0.0  # of training in this epoch
-        self.samples_seen = 0  # in this epoch, by all processes together
-        self.loss_sum = 0.0  # over the samples that this process has seen
+        self.samples_seen, self.loss_sum = 0, 0.0  # in this epoch: by all processes, and by this one
+
+    def next_epoch(self):
+        self.scheduler.step()  # from now on, shorter steps
+        self.begin(self.epoch + 1)
 
     def train(self, images, labels):
         """Train to the end of the epoch on `images`, uint8 [N, 28, 28], and `labels`, int64 [N].
@@ -225,8 +226,8 @@ class Trainer:
         h, rank, world_size = self.hyperparameters, self.job.rank, self.job.world_size
         order = epoch_order(len(images), h.seed, self.epoch).to(self.device)
         distortions = epoch_distortions(len(images), h.seed, self.epoch).to(self.device)
-        of_device = torch.get_device_module(self.device)
-        generator = torch.default_generator if self.device.type == "cpu" else of_device
+        on_cpu = self.device.type == "cpu"
+        generator = torch.default_generator if on_cpu else torch.get_device_module(self.device)
         batch_size = h.batch_size * world_size  # of all processes together
         self.model.train()
         for start in range(self.samples_seen, len(images), batch_size):
@@ -255,9 +256,9 @@ class Trainer:
         self.optimizer.step()
         # Each step goes a little astray, having seen only one batch. Averaged, these errors cancel out.
         # The last tenth counts for two thirds (see https://proceedings.mlr.press/v28/shamir13.html).
-        with torch.no_grad():
-            for mean, weight in zip(self.averaged_model.parameters(), self.model.parameters(), strict=True):
-                mean.lerp_(weight, 10 / (10 + self.steps))
+        newest = self.model.state_dict().values()
+        for mean, value in zip(self.averaged_model.state_dict().values(), newest, strict=True):
+            mean.lerp_(value, 10 / (10 + self.steps)) if mean.is_floating_point() else mean.copy_(value)
         self.steps += 1
         return loss.detach()
 
@@ -305,8 +306,7 @@ def save(trainer, folder):
         return
     checkpoint = {name: getattr(trainer, name).state_dict() for name in STATES}
     checkpoint["progress"] = {name: getattr(trainer, name) for name in PROGRESS} | {"loss_sum": loss_sum}
-    checkpoint["hyperparameters"] = asdict(trainer.hyperparameters)
-    checkpoint["world_size"] = trainer.job.world_size
+    checkpoint |= {"hyperparameters": asdict(trainer.hyperparameters), "world_size": trainer.job.world_size}
     write(Path(folder, "metrics.jsonl"), "".join(json.dumps(m) + "\n" for m in trainer.history).encode())
     write(Path(folder, "checkpoint.pt"), checkpoint, keep=Path(folder, "checkpoint.previous.pt"))
 
@@ -395,9 +395,8 @@ def resume(trainer, checkpoint):
         raise ValueError(f"the checkpoint does not fit this model: {error}") from error
     # Fused SGD reads weights and their momentum as they lie in memory, which depends on the device.
     for weight, state in trainer.optimizer.state.items():
-        for name, value in state.items():
-            if torch.is_tensor(value) and value.shape == weight.shape:
-                state[name] = torch.empty_like(weight).copy_(value)
+        for name in [n for n, value in state.items() if getattr(value, "shape", None) == weight.shape]:
+            state[name] = torch.empty_like(weight).copy_(state[name])
     trainer.optimizer._opt_called = True  # otherwise the scheduler warns about a step it has not seen
     vars(trainer).update(checkpoint["progress"])
     trainer.loss_sum *= trainer.job.rank == 0  # rank 0 has the sum of all
@@ -488,7 +487,7 @@ class Job(Alone):
 
     def distribute(self, model):
         """Return the model, wrapped so that its gradients are averaged over all processes."""
-        ddp_model = nn.parallel.DistributedDataParallel(model)
+        ddp_model = nn.parallel.DistributedDataParallel(model.eval())
         # A first pass, without a step, fixes the order in which gradients are added, also after --resume.
         ddp_model(torch.zeros(1, 28, 28, device=next(model.parameters()).device)).sum().backward()
         return ddp_model
@@ -745,8 +744,7 @@ def run_epoch(trainer, training_set, test_set, args, folder):
     metrics = {"epoch": trainer.epoch, "train_loss": loss_sum / trainer.samples_seen, "test_loss": loss}
     metrics |= {"accuracy": accuracy, "learning_rate": trainer.scheduler.get_last_lr()[0], "seconds": seconds}
     trainer.history.append(metrics | {"samples_per_second": trainer.samples_seen / seconds})
-    trainer.scheduler.step()
-    trainer.begin(trainer.epoch + 1)
+    trainer.next_epoch()
     save(trainer, folder)
 
 

@@ -37,11 +37,10 @@ def learn(seed, args, validate):
     chosen = {field.name: getattr(args, field.name) for field in fields(mnist.Hyperparameters)}
     trainer = mnist.Trainer(mnist.Hyperparameters(**chosen | {"seed": seed}))
     accuracies = []
-    for epoch in range(1, args.epochs + 1):
-        trainer.begin(epoch)
+    for _ in range(args.epochs):
         for _ in trainer.train(*training_set):
             pass
-        trainer.scheduler.step()
+        trainer.next_epoch()
         _, correct = mnist.test(trainer.averaged_model, *test_set, args.test_batch_size)
         accuracies.append(100 * correct / len(test_set[0]))
     print(f"seed {seed}:", *(f"{accuracy:.2f}" for accuracy in accuracies), flush=True)
