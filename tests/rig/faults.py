@@ -22,6 +22,7 @@ import torch
 
 from tests.rig.hosts import PyTorchJob
 from tests.rig.operators import PORT
+from tests.rig.processes import Fork, Process
 from tests.rig.project import RAW, make_small_project
 from tests.rig.training import (
     MOMENTS,
@@ -47,7 +48,7 @@ def kill_and_resume(project, name, world_size, moment, rng):
     """Kill all processes, or one of them, with -9; resume; compare with the uninterrupted training."""
     expected, lines = project.reference(world_size)
     with project.training(name, world_size) as training:
-        training.start().reach(moment, rng)
+        training.start(kind=Process if moment == "start-up" else Fork).reach(moment, rng)
         saved = training.saved()
         if world_size > 1 and moment != "start-up" and rng.random() < 0.5:
             rng.choice(training.processes).kill()

@@ -18,56 +18,8 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import psutil
-
 from tests.rig.operators import pods_of
-from tests.rig.processes import need, skip
-
-
-class Process(subprocess.Popen):
-    """A command that is watched while it runs: what it prints goes to the file `log`."""
-
-    def __init__(self, command, log, **how):
-        self.log = Path(log)
-        with open(self.log, "wb") as file:
-            command = [str(word) for word in command]
-            super().__init__(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **how)
-
-    @property
-    def output(self):
-        return self.log.read_text(errors="replace")
-
-    def until(self, happened, timeout=90, pause=0.005):
-        """Wait until `happened()`, or until a text is printed. Returns False if the process ends before."""
-        wanted = (lambda: happened in self.output) if isinstance(happened, str) else happened
-        limit = time.monotonic() + timeout
-        while not wanted():
-            if self.poll() is not None:
-                return bool(wanted())
-            assert time.monotonic() < limit, f"waited {timeout} s for {happened}; printed:\n{self.output}"
-            time.sleep(pause)
-        return True
-
-    def end(self, timeout=120):
-        """Wait for the end. Returns (exit code, all that was printed)."""
-        try:
-            return self.wait(timeout), self.output
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still runs after {timeout} s; printed:\n{self.output}") from None
-
-    def family(self):
-        """Return this process and those that it started, eldest first."""
-        with suppress(psutil.NoSuchProcess):
-            eldest = psutil.Process(self.pid)
-            return [eldest, *eldest.children(recursive=True)]
-        return []
-
-    def kill_all(self):
-        """Kill the process and all that it started, as a power cut would."""
-        for process in self.family():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.wait()
+from tests.rig.processes import Process, need, skip
 
 
 def ip(*words):
