@@ -31,7 +31,7 @@ from tests.rig.tutorial import (
     save_small,
 )
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(1800)]
 
 RESULTS = ROOT / "test-results"
 DRAWING = os.environ.get("MNIST_DRAWING")  # a file for the moving picture of the pad

@@ -16,6 +16,8 @@ from tests.rig.project import make_small_project
 from tests.rig.replay import Replay
 from tests.rig.training import weights
 
+pytestmark = pytest.mark.cluster
+
 EPOCHS = 15  # as the manifests have it
 TRAIN, TEST = 400, 200
 

@@ -16,6 +16,8 @@ from tests.rig.project import ROOT
 from tests.rig.slurm import Job, Slurm, need_slurm
 from tests.rig.training import OPTIONS, weights
 
+pytestmark = pytest.mark.cluster
+
 SCRIPT = "slurm/mnist.sbatch"
 FLAGS = (*OPTIONS, "--epochs", 1)
 # What a shell has that an interactive allocation gave it, of another size than the job's.
