@@ -1,13 +1,18 @@
 """What pytest gives to the tests of all modules: an order, small projects to train in, a container engine."""
 
+import os
 import shutil
+
+# Tests share two processors. A thread that waits for another must leave its own to them, not spin.
+# PyTorch reads this when it is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
-from tests.rig.engine import running_engine
-from tests.rig.hosts import need_hosts
-from tests.rig.project import make_small_project
-from tests.rig.training import TEST, TRAIN, Project
+from rig.engine import running_engine
+from rig.hosts import need_hosts
+from rig.project import make_small_project
+from rig.training import TEST, TRAIN, Project
 
 # The longest modules, longest first: they begin first, so the workers end at about the same time.
 LONG = ["notebook", "image", "question_answering", "recovery", "browser", "manifests_run", "lost_workers"]

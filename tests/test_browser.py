@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from tests.rig.processes import clean_environment, free_port, need, run
-from tests.rig.project import ROOT
-from tests.rig.tutorial import (
+from rig.processes import clean_environment, free_port, need, run
+from rig.project import ROOT
+from rig.tutorial import (
     CODE,
     NOTEBOOK,
     PADS,

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import mnist
-from tests.rig.processes import clean_environment, fork, need, run
-from tests.rig.project import ROOT
+from rig.processes import clean_environment, fork, need, run
+from rig.project import ROOT
 
 
 @pytest.fixture

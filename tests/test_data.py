@@ -16,9 +16,9 @@ import torch
 from torchvision.datasets import MNIST
 
 import mnist
-from tests.rig.hosts import Process
-from tests.rig.processes import clean_environment, fork, need, run, serving
-from tests.rig.project import RAW, ROOT
+from rig.hosts import Process
+from rig.processes import clean_environment, fork, need, run, serving
+from rig.project import RAW, ROOT
 
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 

@@ -17,12 +17,12 @@ from threading import Timer
 import pytest
 import torch
 
-from tests.rig.engine import BASE_IMAGE, BUILD, SHARING, persons_project
-from tests.rig.guide import CHAPTERS, GUIDE, run_chapter
-from tests.rig.processes import free_port, need
-from tests.rig.project import ROOT
-from tests.rig.tutorial import make_small_tutorial
-from tests.rig.users import ENGINES, run_where_numbers_differ
+from rig.engine import BASE_IMAGE, BUILD, SHARING, persons_project
+from rig.guide import CHAPTERS, GUIDE, run_chapter
+from rig.processes import free_port, need
+from rig.project import ROOT
+from rig.tutorial import make_small_tutorial
+from rig.users import ENGINES, run_where_numbers_differ
 
 # What a strict cluster allows: no network, no rights, nothing writable but what is named.
 STRICT = ("--network=none", "--read-only", "--tmpfs=/tmp", "--cap-drop=ALL")

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from tests.rig.faults import OWN_STORE, lose_elastic_worker, lose_worker
-from tests.rig.hosts import PyTorchJob, end
-from tests.rig.training import OPTIONS, TEST, results, weights
+from rig.faults import OWN_STORE, lose_elastic_worker, lose_worker
+from rig.hosts import PyTorchJob, end
+from rig.training import OPTIONS, TEST, results, weights
 
 pytestmark = pytest.mark.usefixtures("hosts")
 

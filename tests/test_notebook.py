@@ -24,10 +24,10 @@ from IPython.core.inputtransformer2 import TransformerManager
 from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 
-from tests.rig.api_server import ApiServer, write_kubeconfig
-from tests.rig.processes import need, run, start
-from tests.rig.project import RAW, ROOT, make_small_project, slice_of
-from tests.rig.tutorial import (
+from rig.api_server import ApiServer, write_kubeconfig
+from rig.processes import need, run, start
+from rig.project import RAW, ROOT, make_small_project, slice_of
+from rig.tutorial import (
     CELLS,
     CODE,
     NOTEBOOK,

@@ -12,10 +12,10 @@ import sys
 
 import pytest
 
-from tests.rig.engine import BUILD, give, persons_project, with_packages
-from tests.rig.guide import run_chapter, with_more
-from tests.rig.processes import free_port, run, skip, start
-from tests.rig.project import ROOT
+from rig.engine import BUILD, give, persons_project, with_packages
+from rig.guide import run_chapter, with_more
+from rig.processes import free_port, run, skip, start
+from rig.project import ROOT
 
 FOLDER = ROOT / "examples" / "question-answering"
 FILES = ("train.jsonl", "validation.jsonl")

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from tests.rig.faults import (
+from rig.faults import (
     DAMAGES,
     REGIONS,
     damage_checkpoint,
@@ -26,10 +26,10 @@ from tests.rig.faults import (
     kill_and_resume,
     stop_and_resume,
 )
-from tests.rig.hosts import Process
-from tests.rig.processes import clean_environment, fork, need, skip
-from tests.rig.project import make_small_project
-from tests.rig.training import BATCH, MOMENTS, OPTIONS, TRAIN, fingerprint, results, trainer_of, weights
+from rig.hosts import Process
+from rig.processes import clean_environment, fork, need, skip
+from rig.project import make_small_project
+from rig.training import BATCH, MOMENTS, OPTIONS, TRAIN, fingerprint, results, trainer_of, weights
 
 IN_TWO = ((), ("--num-processes", 2))  # as a launcher of Training
 

@@ -13,8 +13,8 @@ from benchmarks.scale import __main__
 from benchmarks.scale.measure import FITTED, measure_hosts
 from benchmarks.scale.model import ALL_REDUCES, BUCKETS, TAIL, Link, Model, fit
 from benchmarks.scale.worker import Sleeper
-from tests.rig.processes import need
-from tests.rig.project import ROOT
+from rig.processes import need
+from rig.project import ROOT
 
 TRUE = Model(np.array([0.15, 1.5e-6, 1.04]), ddp=4)
 

@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-from tests.rig.hosts import Host, PyTorchJob, end, ip
-from tests.rig.processes import clean_environment
-from tests.rig.training import OPTIONS, TEST, Project, results, trainer_of, weights
+from rig.hosts import Host, PyTorchJob, end, ip
+from rig.processes import clean_environment
+from rig.training import OPTIONS, TEST, Project, results, trainer_of, weights
 
 TORCHRUN = ("-m", "torch.distributed.run")
 

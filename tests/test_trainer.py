@@ -14,9 +14,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import affine
 
 import mnist
-from tests.rig.processes import fork, run
-from tests.rig.project import ROOT, make_small_project
-from tests.rig.training import Training
+from rig.processes import fork, run
+from rig.project import ROOT, make_small_project
+from rig.training import Training
 
 
 @pytest.fixture(scope="module")

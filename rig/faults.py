@@ -1,8 +1,8 @@
 """Faults, and what must hold after them. The tests try a few; this tries many.
 
-python -m tests.rig.faults             (or `make faults`) prints a table of what was tried and what survived
-python -m tests.rig.faults --quick     a tenth of it
-python -m tests.rig.faults --seed 2    at other instants, with other damage
+python -m rig.faults             (or `make faults`) prints a table of what was tried and what survived
+python -m rig.faults --quick     a tenth of it
+python -m rig.faults --seed 2    at other instants, with other damage
 """
 
 import argparse
@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from tests.rig.hosts import PyTorchJob
-from tests.rig.operators import PORT
-from tests.rig.processes import Fork, Process
-from tests.rig.project import RAW, make_small_project
-from tests.rig.training import (
+from rig.hosts import PyTorchJob
+from rig.operators import PORT
+from rig.processes import Fork, Process
+from rig.project import RAW, make_small_project
+from rig.training import (
     MOMENTS,
     TEST,
     TIMEOUT,

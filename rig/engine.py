@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig.processes import skip
-from tests.rig.project import ROOT
+from rig.processes import skip
+from rig.project import ROOT
 
 BASE_IMAGE = "python:3.11-slim"  # the Dockerfile's default
 DISK_SPACE = 20e9  # bytes: both images, what is built on the way, and some air
 BUILD = ("--network=host", "--build-arg=UV_TORCH_BACKEND")  # of which this environment knows the value
-SHARING = "--env=OMP_WAIT_POLICY=PASSIVE"  # so a container's threads do not spin either: see __init__.py
+SHARING = (
+    "--env=OMP_WAIT_POLICY=PASSIVE"  # so a container's threads do not spin either: see tests/conftest.py
+)
 PERSON = 1234  # who uses an engine of our own, for people seldom are root
 
 

@@ -15,7 +15,7 @@ from threading import Thread
 import psutil
 import pytest
 
-from tests.rig.forks import FORKS, become
+from rig.forks import FORKS, become
 
 
 def need(program, package):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.rig.processes import Fork, Process, clean_environment, free_port
+from rig.processes import Fork, Process, clean_environment, free_port
 
 TRAIN, TEST, BATCH, INTERVAL, EPOCHS = 1000, 500, 30, 5, 2
 TIMEOUT = 10

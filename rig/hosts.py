@@ -18,8 +18,8 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from tests.rig.operators import pods_of
-from tests.rig.processes import Process, need, skip
+from rig.operators import pods_of
+from rig.processes import Process, need, skip
 
 
 def ip(*words):
