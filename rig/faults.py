@@ -179,7 +179,7 @@ def lose_worker(project, fault, rng):
     options = ("--epochs", 200, "--timeout", TIMEOUT, "--log-interval", 1)
     options += ("--output-dir", tempfile.mkdtemp(dir=project.folder))
     with PyTorchJob(project.folder) as job:
-        processes = job.start("mnist.py", *options)
+        processes = job.fork("mnist.py", *options)
         steps = rng.randrange(1, 40)
         assert processes[0].until(lambda: processes[0].output.count("- Loss: ") >= steps)
         time.sleep(rng.uniform(0, 0.05))

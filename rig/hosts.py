@@ -19,7 +19,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from rig.operators import pods_of
-from rig.processes import Process, need, skip
+from rig.processes import Fork, Process, need, skip
 
 
 def ip(*words):
@@ -95,12 +95,17 @@ class Host:
         """Start `python command…` in `folder` on this host."""
         # A pod knows itself by its own name; gloo looks it up to find the network that it should use.
         named = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', self.name]
-        return Process(
-            ["ip", "netns", "exec", self.name, *named, sys.executable, *command],
-            Path(folder, f"{self.name}.{secrets.token_hex(2)}.log"),
-            cwd=folder,
-            env=self.environment | {name: str(value) for name, value in changes.items()},
-        )
+        command = ["ip", "netns", "exec", self.name, *named, sys.executable, *command]
+        return Process(command, **self.place(folder, changes))
+
+    def fork(self, folder, *command, **changes):
+        """Do the same, sooner: it is no program of its own."""
+        return Fork(command, **self.place(folder, changes), host=self.name)
+
+    def place(self, folder, changes):
+        """Return where a process writes and is, and its environment."""
+        log = Path(folder, f"{self.name}.{secrets.token_hex(2)}.log")
+        return {"log": log, "cwd": folder, "env": self.environment | {k: str(v) for k, v in changes.items()}}
 
 
 class Network:
@@ -168,6 +173,10 @@ class PyTorchJob(Network):
     def start(self, *command, **changes):
         """Start `python command…` in every pod. Returns the processes."""
         return [host.start(self.folder, *command, OMP_NUM_THREADS=1, **changes) for host in self.hosts]
+
+    def fork(self, *command, **changes):
+        """Do the same, sooner: they are no programs of their own."""
+        return [host.fork(self.folder, *command, OMP_NUM_THREADS=1, **changes) for host in self.hosts]
 
 
 def end(processes, timeout=120):

@@ -142,10 +142,10 @@ class Process(Watched, subprocess.Popen):
 class Fork(Watched):
     """`python command…` as a fork, watched. Whose start or end is tested must be a Process instead."""
 
-    def __init__(self, command, log, cwd, env):
+    def __init__(self, command, log, cwd, env, host=None):
         self.log = Path(log)
         self.log.write_bytes(b"")
-        arguments = ([str(word) for word in command], self.log, str(cwd), env)
+        arguments = ([str(word) for word in command], self.log, str(cwd), env, host)
         self.process = FORKS.Process(target=become, args=arguments, daemon=True)
         self.process.start()
         self.pid = self.process.pid
