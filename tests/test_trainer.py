@@ -166,12 +166,18 @@ def test_different_seeds_are_never_alike_in_anything():
         assert len(set(numbers)) == len(seen)
 
 
-def test_random_numbers_for_one_purpose_are_those_for_no_other():
-    purposes = [(what, seed, epoch) for what in ("order", "dropout") for seed in (1, 11) for epoch in (1, 11)]
-    purposes += [("weights", 1), ("dropout", 1, 1, 0, 1), ("dropout", 1, 1, 64, 0), ("dropout", 1, 1, 64, 1)]
-    assert len({mnist.random_seed(*purpose) for purpose in purposes}) == len(purposes)
-    assert all(0 <= mnist.random_seed(*purpose) < 2**64 for purpose in purposes)
-    assert mnist.random_seed("weights", 1) == mnist.random_seed("weights", 1)
+def test_random_numbers_for_one_purpose_are_those_for_no_other(monkeypatch):
+    """Two processes share those of weights, orders and distortions; each step's dropout is each one's own."""
+    purposes, seed_of = [], mnist.random_seed
+    monkeypatch.setattr(mnist, "random_seed", lambda *purpose: purposes.append(purpose) or seed_of(*purpose))
+    images, labels = torch.zeros(8, 28, 28, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
+    for rank in range(2):
+        trainer = mnist.Trainer(mnist.Hyperparameters(batch_size=2), Share("", rank, 2))
+        for epoch in (1, 2):
+            trainer.begin(epoch)
+            assert len(list(trainer.train(images, labels))) == 2
+    assert len(purposes) == 2 * (1 + 2 * (1 + 1 + 2))
+    assert len({seed_of(*purpose) for purpose in purposes}) == 1 + 2 * (1 + 1 + 2 * 2)
 
 
 # --- the order of samples
