@@ -62,7 +62,7 @@ question-answering: .venv/question-answering
 
 # Kills, signals and damage at random, for longer than CI has time.
 faults: .venv/tests
-	$(RUN) tests.rig.faults
+	$(RUN) rig.faults
 
 # Other libraries on the same work. Renews docs/peers.md and its picture.
 bench: .venv/bench

@@ -18,12 +18,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STREAMS = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "rig")]  # a package named tests may be installed here
+sys.path.insert(0, str(ROOT))
 try:
     import torch
-    from project import make_small_project
 
     import mnist
+    from rig.project import make_small_project
 except ImportError as missing:
     sys.exit(f"gpu.py: {missing.name} is missing here: python -m pip install {missing.name}")
 

@@ -1,13 +1,32 @@
-"""What pytest gives to the tests of all modules: small projects to train in, and a container engine."""
+"""What pytest gives to the tests of all modules: an order, small projects to train in, a container engine."""
 
+import os
 import shutil
+
+# Tests share two processors. A thread that waits for another must leave its own to them, not spin.
+# PyTorch reads this when it is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
-from tests.rig.engine import running_engine
-from tests.rig.hosts import need_hosts
-from tests.rig.project import make_small_project
-from tests.rig.training import TEST, TRAIN, Project
+from rig.engine import running_engine
+from rig.hosts import need_hosts
+from rig.project import make_small_project
+from rig.training import TEST, TRAIN, Project
+
+# The longest modules, longest first: they begin first, so the workers end at about the same time.
+LONG = ["notebook", "image", "question_answering", "recovery", "browser", "manifests_run", "lost_workers"]
+LONG += ["slurm", "registry", "several_hosts", "gpu", "trainer"]
+LONG = [f"test_{name}" for name in LONG]
+
+
+@pytest.hookimpl(tryfirst=True)  # -m then finds the marks
+def pytest_collection_modifyitems(items):
+    """Begin with what is long; mark what has the fixture `engine` or `hosts`."""
+    for item in items:
+        for name in {"engine", "hosts"} & set(item.fixturenames):
+            item.add_marker(name)
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

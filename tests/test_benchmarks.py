@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import bench
 from benchmarks.reporting import replace_between
-from tests.rig.processes import run
-from tests.rig.project import ROOT
+from rig.processes import run
+from rig.project import ROOT
 
 # --- the runner
 

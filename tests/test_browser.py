@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from tests.rig.processes import clean_environment, free_port, need, run
-from tests.rig.project import ROOT
-from tests.rig.tutorial import (
+from rig.processes import clean_environment, free_port, need, run
+from rig.project import ROOT
+from rig.tutorial import (
     CODE,
     NOTEBOOK,
     PADS,
@@ -31,7 +31,7 @@ from tests.rig.tutorial import (
     save_small,
 )
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(1800)]
 
 RESULTS = ROOT / "test-results"
 DRAWING = os.environ.get("MNIST_DRAWING")  # a file for the moving picture of the pad

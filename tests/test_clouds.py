@@ -10,9 +10,9 @@ import sys
 import pytest
 import yaml
 
-from tests.rig.manifests import check
-from tests.rig.processes import free_port, need
-from tests.rig.project import ROOT
+from rig.manifests import check
+from rig.processes import free_port, need
+from rig.project import ROOT
 
 GUIDE = (ROOT / "kubernetes" / "clouds.md").read_text()
 BLOCKS = re.findall(r"^([^\n]*)\n```bash\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import mnist
-from tests.rig.processes import clean_environment, need, run
-from tests.rig.project import ROOT
+from rig.processes import clean_environment, fork, need, run
+from rig.project import ROOT
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_learner_may_leave_the_doc_strings_out(small):
 
 
 def test_a_batch_larger_than_the_training_set_is_refused_in_one_line(small):
-    code, log = run(small, "mnist.py", "--batch-size", 1001)
+    code, log = fork(small, "mnist.py", "--batch-size", 1001)
     assert code == 1 and log.splitlines()[-1].startswith("mnist.py: --batch-size is too large: 1001")
     assert "Traceback" not in log
 

@@ -16,9 +16,9 @@ import torch
 from torchvision.datasets import MNIST
 
 import mnist
-from tests.rig.hosts import Process
-from tests.rig.processes import clean_environment, need, run, serving
-from tests.rig.project import RAW, ROOT
+from rig.hosts import Process
+from rig.processes import clean_environment, fork, need, run, serving
+from rig.project import RAW, ROOT
 
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
 
@@ -168,7 +168,7 @@ def test_damage_ends_the_program_in_one_line_and_stays_as_it_is(small):
     path = small / RAW / "train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-1])
     before = contents_of(small / RAW)
-    code, log = run(small, "mnist.py")
+    code, log = fork(small, "mnist.py")
     assert code == 1 and len(log.splitlines()) == 2  # the first says how it was started
     assert log.splitlines()[-1].startswith(
         f"mnist.py: {RAW / path.name} does not match SHA256SUMS: put a good copy"
@@ -265,7 +265,7 @@ def test_another_data_set_is_never_overwritten_and_trained_on_once_it_has_sums(s
         mnist.load_mnist(small / "datasets")
     assert contents_of(small / RAW) == before and not mirror
     (small / RAW / "SHA256SUMS").write_text(sums)
-    code, log = run(small, "mnist.py", "--dry-run", **NO_NETWORK)
+    code, log = fork(small, "mnist.py", "--dry-run", **NO_NETWORK)
     assert code == 0 and "/500 (" in log
     assert before.items() < contents_of(small / RAW).items()
 

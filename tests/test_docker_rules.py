@@ -15,9 +15,9 @@ from threading import Event
 
 import pytest
 
-from tests.rig.images import APPEND, append, digest_of, layer, line_to, pulled, push_image, running_registry
-from tests.rig.processes import clean_environment, need, serving
-from tests.rig.project import ROOT
+from rig.images import APPEND, append, digest_of, layer, line_to, pulled, push_image, running_registry
+from rig.processes import clean_environment, need, serving
+from rig.project import ROOT
 
 ENTRYPOINT = ["dumb-init", "--", "python"]
 DIGITS = "MNIST/raw/train-images-idx3-ubyte"

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from tests.rig.processes import need, run
-from tests.rig.project import ROOT
+from rig.processes import need, run
+from rig.project import ROOT
 
 ON_A_CPU = ("benchmarks/gpu.py", "--device", "cpu", "--images", 1000, "--only")
 # bf16 is float32 with a flag, kills is sigterm with another signal, and test_benchmarks.py runs the peers.
@@ -46,8 +46,8 @@ def test_a_cpu_holds_what_it_can_and_leaves_the_rest_to_a_gpu(tmp_path):
 @pytest.fixture
 def broken(tmp_path):
     """A copy of the project whose trainer forgets its momentum and learning rate when it resumes."""
-    for path in ("benchmarks/gpu.py", "tests/rig/project.py"):
-        (tmp_path / path).parent.mkdir(parents=True)
+    for path in ("benchmarks/gpu.py", "rig/__init__.py", "rig/project.py"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     (tmp_path / "datasets").symlink_to(ROOT / "datasets")
     trainer, loop = (ROOT / "mnist.py").read_text(), "        for name in STATES:\n"

@@ -17,12 +17,12 @@ from threading import Timer
 import pytest
 import torch
 
-from tests.rig.engine import BASE_IMAGE, BUILD, persons_project
-from tests.rig.guide import CHAPTERS, GUIDE, run_chapter
-from tests.rig.processes import free_port, need
-from tests.rig.project import ROOT
-from tests.rig.tutorial import make_small_tutorial
-from tests.rig.users import ENGINES, run_where_numbers_differ
+from rig.engine import BASE_IMAGE, BUILD, SHARING, persons_project
+from rig.guide import CHAPTERS, GUIDE, run_chapter
+from rig.processes import free_port, need
+from rig.project import ROOT
+from rig.tutorial import make_small_tutorial
+from rig.users import ENGINES, run_where_numbers_differ
 
 # What a strict cluster allows: no network, no rights, nothing writable but what is named.
 STRICT = ("--network=none", "--read-only", "--tmpfs=/tmp", "--cap-drop=ALL")
@@ -45,15 +45,16 @@ def notebook(engine, mnist):
 
 @pytest.fixture(scope="module")
 def little(small_template):
-    """An option that puts little data into a container."""
-    return [f"--volume={small_template}/datasets:/app/datasets:ro"]
+    """Options that put little data into a container."""
+    return [SHARING, f"--volume={small_template}/datasets:/app/datasets:ro"]
 
 
 @pytest.fixture(scope="module")
 def little_tutorial(tmp_path_factory):
     """The same for the tutorial's image, with a notebook that knows of it."""
     folder = make_small_tutorial(tmp_path_factory.mktemp("tutorial") / "project")
-    return [f"--volume={folder}/{name}:/app/{name}:ro" for name in ("datasets", "notebooks/mnist.ipynb")]
+    files = ("datasets", "notebooks/mnist.ipynb")
+    return [SHARING, *(f"--volume={folder}/{name}:/app/{name}:ro" for name in files)]
 
 
 @pytest.fixture(scope="module")
@@ -123,18 +124,19 @@ def test_the_init_of_the_images_is_the_one_that_the_replay_of_the_jobs_tries():
 # --- The trainer's image ------------------------------------------------------------------------
 
 
-def test_an_epoch_as_any_user_offline_and_read_only_reaches_98_percent(engine, mnist, output):
+def test_any_user_trains_offline_and_read_only(engine, mnist, little, output):
     mount, folder = output
-    log = engine.must(
-        "run", "--rm", *STRICT, "--user=1234:0", mount, mnist, "--epochs", 1, "--save-model", timeout=800
-    )
+    options = ("run", "--rm", *STRICT, "--user=1234:0", mount)
+    log = engine.must(*options, *little, mnist, "--epochs", 2, "--save-model")
     assert re.search(r"^Epoch: 1 \( +\d+\.\d%\) - Loss: \d+\.\d+$", log, re.M)
-    accuracy = float(re.search(r"^accuracy=(0\.\d{4})$", log, re.M)[1])
-    assert accuracy >= 0.98
-    metrics = json.loads((folder / "metrics.jsonl").read_text())
-    assert round(metrics["accuracy"], 4) == accuracy
+    accuracy = float(re.findall(r"^accuracy=(0\.\d{4})$", log, re.M)[1])
+    assert accuracy > 0.7
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert round(metrics[1]["accuracy"], 4) == accuracy
     assert "conv1.weight" in torch.load(folder / "mnist_model.pt", weights_only=True)
     assert {path.stat().st_uid for path in folder.iterdir()} == {1234}
+    # Its own data are all of MNIST, or the sums that it has of them would not be theirs.
+    assert re.search(r"^Test accuracy: \d+/1000 ", engine.must(*options, mnist, "--dry-run"), re.M)
 
 
 def test_the_image_says_who_runs_it_and_what(engine, mnist):
@@ -441,6 +443,7 @@ def test_the_script_says_what_is_wrong_with_an_option(arguments, sentence):
     assert sentence in script.stderr and script.stderr.count("\n") == 1
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("name", ENGINES)
 def test_results_are_the_person_s_where_an_engine_numbers_users_differently(name):
     command = ["/bin/sh", "-c", "echo >/app/output/result; echo >/app/output/home/setting"]
@@ -450,6 +453,7 @@ def test_results_are_the_person_s_where_an_engine_numbers_users_differently(name
     assert (code, owners) == (0, {1234}), log
 
 
+@pytest.mark.engine
 def test_podman_called_docker_gets_cards_in_its_own_words_or_fails():
     """Podman 4 takes --gpus, and does nothing about it."""
     arguments = ["docker/run.sh", "-d", "0", "-i", "localhost/tiny", "/bin/sh", "-c", "echo ran"]

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from tests.rig.faults import OWN_STORE, lose_elastic_worker, lose_worker
-from tests.rig.hosts import PyTorchJob, end
-from tests.rig.training import OPTIONS, TEST, results, weights
+from rig.faults import OWN_STORE, lose_elastic_worker, lose_worker
+from rig.hosts import PyTorchJob, end
+from rig.training import OPTIONS, TEST, results, weights
 
 pytestmark = pytest.mark.usefixtures("hosts")
 
@@ -29,7 +29,7 @@ def test_a_master_that_never_appears_is_named(project, missing):
             worker.know([worker])
         elif missing == "host":
             master.cut()
-        process = worker.start(project.folder, "mnist.py", "--timeout", 1, OMP_NUM_THREADS=1)
+        process = worker.fork(project.folder, "mnist.py", "--timeout", 1, OMP_NUM_THREADS=1)
         time.sleep(5)
         assert process.poll() is None  # it has patience: masters may come later
         # Python's start, and 10 x --timeout. Should that end a moment early, PyTorch pauses and tries again.
@@ -42,7 +42,7 @@ def test_a_master_that_never_appears_is_named(project, missing):
 def test_a_worker_that_never_appears_is_missed(project):
     with PyTorchJob(project.folder) as job:
         master, worker, _ = job.hosts
-        processes = [host.start(project.folder, "mnist.py", "--timeout", 1, OMP_NUM_THREADS=1)
+        processes = [host.fork(project.folder, "mnist.py", "--timeout", 1, OMP_NUM_THREADS=1)
                      for host in (master, worker)]  # fmt: skip
         codes, printed = end(processes, 10 + 10 + 10)
     assert codes == [1, 1]
@@ -59,12 +59,12 @@ def test_a_master_whose_name_and_host_come_late_is_waited_for(project, tmp_path)
         master, *workers = job.hosts
         for worker in workers:
             worker.know([worker])
-        processes = [worker.start(project.folder, *options, OMP_NUM_THREADS=1) for worker in workers]
+        processes = [worker.fork(project.folder, *options, OMP_NUM_THREADS=1) for worker in workers]
         time.sleep(12)
         assert all(process.poll() is None for process in processes)
         for worker in workers:
             worker.know(job.hosts)
-        processes.insert(0, master.start(project.folder, *options, OMP_NUM_THREADS=1))
+        processes.insert(0, master.fork(project.folder, *options, OMP_NUM_THREADS=1))
         codes, printed = end(processes)
     assert codes == [0, 0, 0], printed
     assert f"/{TEST} (" in printed[0]
@@ -74,11 +74,11 @@ def test_a_worker_that_comes_late_is_waited_for_by_all(project, tmp_path):
     options = ("mnist.py", "--epochs", 1, "--timeout", 5, "--output-dir", tmp_path)
     with PyTorchJob(project.folder) as job:
         *early, late = job.hosts
-        processes = [host.start(project.folder, *options, OMP_NUM_THREADS=1) for host in early]
+        processes = [host.fork(project.folder, *options, OMP_NUM_THREADS=1) for host in early]
         assert processes[0].until("Started ")
         time.sleep(15)
         assert all(process.poll() is None for process in processes)
-        processes.append(late.start(project.folder, *options, OMP_NUM_THREADS=1))
+        processes.append(late.fork(project.folder, *options, OMP_NUM_THREADS=1))
         codes, printed = end(processes)
     assert codes == [0, 0, 0], printed
     assert f"/{TEST} (" in printed[0]
@@ -87,7 +87,7 @@ def test_a_worker_that_comes_late_is_waited_for_by_all(project, tmp_path):
 def test_a_link_that_comes_back_within_the_time_limit_does_no_harm(project, tmp_path):
     expected, lines = project.reference(3)
     with PyTorchJob(project.folder) as job:
-        processes = job.start("mnist.py", *OPTIONS, "--timeout", 60, "--output-dir", tmp_path)
+        processes = job.fork("mnist.py", *OPTIONS, "--timeout", 60, "--output-dir", tmp_path)
         assert processes[0].until(lambda: processes[0].output.count("- Loss: ") > 3)
         job.hosts[1].cut()
         time.sleep(3)

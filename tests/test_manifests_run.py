@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig.hosts import need_hosts
-from tests.rig.manifests import ELASTIC, EXPERIMENT, JOB, TRAINJOB, change, load, read_by_katib, trial
-from tests.rig.operators import backoff_limit, pods_of
-from tests.rig.processes import need
-from tests.rig.project import make_small_project
-from tests.rig.replay import Replay
-from tests.rig.training import weights
+from rig.hosts import need_hosts
+from rig.manifests import ELASTIC, EXPERIMENT, JOB, TRAINJOB, change, load, read_by_katib, trial
+from rig.operators import backoff_limit, pods_of
+from rig.processes import need
+from rig.project import make_small_project
+from rig.replay import Replay
+from rig.training import weights
+
+pytestmark = pytest.mark.cluster
 
 EPOCHS = 15  # as the manifests have it
 TRAIN, TEST = 400, 200

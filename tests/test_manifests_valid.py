@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.rig.manifests import (
+from rig.manifests import (
     CLAIM,
     CRDS,
     ELASTIC,
@@ -23,8 +23,8 @@ from tests.rig.manifests import (
     read_by_katib,
     trial,
 )
-from tests.rig.processes import need, run
-from tests.rig.replay import dockerfile
+from rig.processes import need, run
+from rig.replay import dockerfile
 
 FILES = [JOB, *sorted(KUBERNETES.glob("*.yaml"))]
 README = (KUBERNETES / "README.md").read_text()

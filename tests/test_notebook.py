@@ -24,10 +24,10 @@ from IPython.core.inputtransformer2 import TransformerManager
 from matplotlib import pyplot
 from matplotlib.colors import to_rgb
 
-from tests.rig.api_server import ApiServer, write_kubeconfig
-from tests.rig.processes import need, run, start
-from tests.rig.project import RAW, ROOT, make_small_project, slice_of
-from tests.rig.tutorial import (
+from rig.api_server import ApiServer, write_kubeconfig
+from rig.processes import need, run, start
+from rig.project import RAW, ROOT, make_small_project, slice_of
+from rig.tutorial import (
     CELLS,
     CODE,
     NOTEBOOK,
@@ -593,13 +593,14 @@ EXERCISES = {
 }
 
 
-@pytest.mark.parametrize("name", EXERCISES)
-def test_the_answer_to_an_exercise_works(name, tmp_path):
-    small = make_small_project(tmp_path / "project", train=4000)
+def test_the_answers_to_the_exercises_work_one_after_the_other(small):
+    """None needs what another has defined, or leaves the trainer changed for the next."""
     needed = [*ON_A_SLICE[: ON_A_SLICE.index("run-several-processes")], "load-the-data"]
     imports = "import importlib, math\nimport mnist\nimport torch.nn.functional as F\nfrom torch import nn"
     before = [CELLS[each].source for each in ("load-the-model", "few-digits")]
-    save_small(small, needed, imports, *before, EXERCISES[name])
+    before += ["_known = set(globals())"]
+    forget = "for name in set(globals()) - _known:\n    if not name.startswith('_'): del globals()[name]"
+    save_small(small, needed, imports, *before, *(f"{answer}\n{forget}" for answer in EXERCISES.values()))
     code, output = run(small, "-m", "papermill", "notebooks/mnist.ipynb", "../out.ipynb", timeout=300)
     assert code == 0, output
 

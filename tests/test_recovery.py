@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from tests.rig.faults import (
+from rig.faults import (
     DAMAGES,
     REGIONS,
     damage_checkpoint,
@@ -26,10 +26,10 @@ from tests.rig.faults import (
     kill_and_resume,
     stop_and_resume,
 )
-from tests.rig.hosts import Process
-from tests.rig.processes import clean_environment, need, run, skip
-from tests.rig.project import make_small_project
-from tests.rig.training import BATCH, MOMENTS, OPTIONS, TRAIN, fingerprint, results, trainer_of, weights
+from rig.hosts import Process
+from rig.processes import clean_environment, fork, need, skip
+from rig.project import make_small_project
+from rig.training import BATCH, MOMENTS, OPTIONS, TRAIN, fingerprint, results, trainer_of, weights
 
 IN_TWO = ((), ("--num-processes", 2))  # as a launcher of Training
 
@@ -91,7 +91,7 @@ def test_killed_again_and_again_loses_no_checkpoint(project):
     expected, lines = project.reference(1)
     with project.training("again") as training:
         for steps in (12, 9, 7):
-            training.start("--resume")
+            training.fork("--resume")
             process = training.processes[0]
             assert process.until(lambda p=process, n=steps: p.output.count("- Loss: ") > n)
             training.kill()
@@ -478,7 +478,7 @@ def test_damaged_data_is_named_and_not_trained_on(project, damage):
 def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(project, small_disk):
     expected, lines = project.reference(1)
     with project.training(small_disk / "output") as training:
-        code = training.start().end()
+        code = training.fork().end()
         printed = training.printed
         assert code == [1]
         assert printed.splitlines()[-1].startswith("mnist.py: cannot write ")
@@ -548,7 +548,7 @@ def test_an_output_folder_that_is_a_file_is_one_sentence(trainer, tmp_path):
 
 def test_a_second_run_into_the_same_folder_is_refused(project, trainer):
     with project.training("shared", options=("--log-interval", 1, "--epochs", 99)) as training:
-        first = training.start().processes[0]
+        first = training.fork().processes[0]
         assert first.until("- Loss: ")
         for more in ((), ("--resume",)):
             message = refusal(trainer, *OPTIONS, *more, "--output-dir", training.output)
@@ -595,13 +595,14 @@ def test_a_second_user_of_the_group_goes_on_where_the_first_one_stopped():
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         project = make_small_project(Path(folder, "project"), 200, 100)
+        (project / "as_another_user.py").write_text(AS_ANOTHER_USER)
         output = project / "output"
         output.mkdir()
         os.chown(output, -1, 4321)
         output.chmod(0o775)
         for epochs, user in ((1, 1111), (2, 2222)):
             options = ("--epochs", epochs, "--resume", "--output-dir", output, "--save-model")
-            code, printed = run(project, "-c", AS_ANOTHER_USER, user, *options, PYTHONPATH=project)
+            code, printed = fork(project, "as_another_user.py", user, *options)
             assert code == 0, printed
             for path in [*output.iterdir()]:  # one that was killed on the way leaves such files
                 left_over = path.with_name(path.name + ".tmp")

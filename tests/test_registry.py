@@ -19,13 +19,13 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import requests
 
-from tests.rig.api_server import ApiServer
-from tests.rig.engine import BASE_IMAGE, with_packages
-from tests.rig.guide import run_chapter, with_more
-from tests.rig.images import append, running_registry
-from tests.rig.processes import free_port, need, serving
-from tests.rig.project import ROOT, make_small_project
-from tests.rig.tutorial import ON_A_SLICE, PARTS, WITHOUT_TRAINING, submit_in
+from rig.api_server import ApiServer
+from rig.engine import BASE_IMAGE, with_packages
+from rig.guide import run_chapter, with_more
+from rig.images import append, running_registry
+from rig.processes import free_port, need, serving
+from rig.project import ROOT, make_small_project
+from rig.tutorial import ON_A_SLICE, PARTS, WITHOUT_TRAINING, submit_in
 
 # One line of the log, changed.
 BEFORE, CHANGED = "Test accuracy: ", "Accuracy in the test: "

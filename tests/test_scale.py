@@ -13,9 +13,8 @@ from benchmarks.scale import __main__
 from benchmarks.scale.measure import FITTED, measure_hosts
 from benchmarks.scale.model import ALL_REDUCES, BUCKETS, TAIL, Link, Model, fit
 from benchmarks.scale.worker import Sleeper
-from tests.rig.hosts import need_hosts
-from tests.rig.processes import need
-from tests.rig.project import ROOT
+from rig.processes import need
+from rig.project import ROOT
 
 TRUE = Model(np.array([0.15, 1.5e-6, 1.04]), ddp=4)
 
@@ -71,8 +70,7 @@ def test_the_stored_times_give_the_stored_page(tmp_path, monkeypatch):
     assert (tmp_path / "scale.png").stat().st_size > 10_000
 
 
-def test_a_slow_link_takes_about_what_the_model_says(tmp_path):
-    need_hosts()
+def test_a_slow_link_takes_about_what_the_model_says(hosts, tmp_path):
     need("tc", "iproute2")
     link = Link(2, 0.1)
     seen = measure_hosts(link, tmp_path, steps=2, seconds=0.02)

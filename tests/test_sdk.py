@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from tests.rig.api_server import ApiServer
-from tests.rig.manifests import check_schema, load, parse
-from tests.rig.processes import run
-from tests.rig.project import ROOT
+from rig.api_server import ApiServer
+from rig.manifests import check_schema, load, parse
+from rig.processes import run
+from rig.project import ROOT
 
 README = (ROOT / "kubernetes" / "README.md").read_text()
 LINES, CLAIM = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.rig.processes import need, skip
-from tests.rig.project import RAW, ROOT
+from rig.processes import need, skip
+from rig.project import RAW, ROOT
 
 
 def packages(file):

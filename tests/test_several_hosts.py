@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-from tests.rig.hosts import Host, PyTorchJob, end, ip
-from tests.rig.processes import clean_environment
-from tests.rig.training import OPTIONS, TEST, Project, results, trainer_of, weights
+from rig.hosts import Host, PyTorchJob, end, ip
+from rig.processes import clean_environment
+from rig.training import OPTIONS, TEST, Project, results, trainer_of, weights
 
 TORCHRUN = ("-m", "torch.distributed.run")
 
@@ -184,12 +184,12 @@ def test_a_whole_job_killed_and_started_again_ends_with_the_same_bits(project, t
     options = ("mnist.py", *OPTIONS, "--resume", "--output-dir", tmp_path)
     with PyTorchJob(project.folder) as job:
         for steps in (7, 5):
-            processes = job.start(*options)
+            processes = job.fork(*options)
             assert processes[0].until(lambda p=processes, n=steps: p[0].output.count("- Loss: ") > n)
             for host in job.hosts:
                 host.kill()
             assert end(processes)[0] == [-9, -9, -9]
-        codes, printed = end(job.start(*options))
+        codes, printed = end(job.fork(*options))
     assert codes == [0, 0, 0]
     assert "Resuming in epoch" in printed[0]
     assert results(printed[0]) == lines[-len(results(printed[0])) :]
@@ -205,7 +205,7 @@ def test_one_pod_asked_to_stop_stops_the_whole_job_which_then_goes_on(project, t
         processes[2].terminate()
         codes, before = end(processes, 20)
         assert codes == [143, 143, 143]
-        codes, after = end(job.start(*options))
+        codes, after = end(job.fork(*options))
     assert codes == [0, 0, 0]
     assert results(before[0]) + results(after[0]) == lines
     assert weights(tmp_path) == expected

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig.engine import BASE_IMAGE, running_engine
-from tests.rig.processes import need
-from tests.rig.project import ROOT
-from tests.rig.slurm import Job, Slurm, need_slurm
-from tests.rig.training import OPTIONS, weights
+from rig.engine import BASE_IMAGE, running_engine
+from rig.processes import need
+from rig.project import ROOT
+from rig.slurm import Job, Slurm, need_slurm
+from rig.training import OPTIONS, weights
+
+pytestmark = pytest.mark.cluster
 
 SCRIPT = "slurm/mnist.sbatch"
 FLAGS = (*OPTIONS, "--epochs", 1)

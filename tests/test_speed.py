@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import mnist
 from benchmarks.reporting import time_epoch
-from tests.rig.project import ROOT
+from rig.project import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
 import shared_torch

@@ -16,8 +16,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import affine
 
 import mnist
-from tests.rig.processes import clean_environment, run
-from tests.rig.project import ROOT, make_small_project
+from rig.processes import fork, run
+from rig.project import ROOT, make_small_project
+from rig.training import Training
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,8 @@ def test_each_prefix_of_parts_imports_by_itself_and_lacks_nothing_that_it_names(
 
 def test_the_first_three_parts_are_a_trainer(small, tmp_path):
     (tmp_path / "heart.py").write_text("".join(PARTS[:3]))
-    program = """
+    program = tmp_path / "program.py"
+    program.write_text("""
 import sys, heart
 (images, labels), test_set = heart.load_mnist(sys.argv[1])
 trainer = heart.Trainer(heart.Hyperparameters(batch_size=20))
@@ -138,16 +140,10 @@ for epoch in (1, 2):
 loss, correct = heart.test(trainer.averaged_model, *test_set)
 rate = trainer.scheduler.get_last_lr()[0]
 print(trainer.steps, len(losses), sum(losses[:5]) / 5, sum(losses[-5:]) / 5, correct, rate)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program, small / "datasets"],
-        cwd=tmp_path,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    steps, yielded, first, last, correct, rate = map(float, done.stdout.split())
+""")
+    code, printed = fork(tmp_path, program, small / "datasets")
+    assert code == 0, printed
+    steps, yielded, first, last, correct, rate = map(float, printed.split())
     assert steps == yielded == 100 and rate == pytest.approx(0.1 * 0.75**2)
     assert first > 1.9 > 1.3 > last and correct > 300
 
@@ -173,12 +169,18 @@ def test_different_seeds_are_never_alike_in_anything():
         assert len(set(numbers)) == len(seen)
 
 
-def test_random_numbers_for_one_purpose_are_those_for_no_other():
-    purposes = [(what, seed, epoch) for what in ("order", "dropout") for seed in (1, 11) for epoch in (1, 11)]
-    purposes += [("weights", 1), ("dropout", 1, 1, 0, 1), ("dropout", 1, 1, 64, 0), ("dropout", 1, 1, 64, 1)]
-    assert len({mnist.random_seed(*purpose) for purpose in purposes}) == len(purposes)
-    assert all(0 <= mnist.random_seed(*purpose) < 2**64 for purpose in purposes)
-    assert mnist.random_seed("weights", 1) == mnist.random_seed("weights", 1)
+def test_random_numbers_for_one_purpose_are_those_for_no_other(monkeypatch):
+    """Two processes share those of weights, orders and distortions; each step's dropout is each one's own."""
+    purposes, seed_of = [], mnist.random_seed
+    monkeypatch.setattr(mnist, "random_seed", lambda *purpose: purposes.append(purpose) or seed_of(*purpose))
+    images, labels = torch.zeros(8, 28, 28, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
+    for rank in range(2):
+        trainer = mnist.Trainer(mnist.Hyperparameters(batch_size=2), Share("", rank, 2))
+        for epoch in (1, 2):
+            trainer.begin(epoch)
+            assert len(list(trainer.train(images, labels))) == 2
+    assert len(purposes) == 2 * (1 + 2 * (1 + 1 + 2))
+    assert len({seed_of(*purpose) for purpose in purposes}) == 1 + 2 * (1 + 1 + 2 * 2)
 
 
 # --- the order of samples
@@ -251,7 +253,7 @@ def test_without_augmentation_or_smoothing_training_is_another(trained, small):
     _, output = trained
     for number, flags in enumerate((["--no-augment"], ["--label-smoothing", 0])):
         other = small / f"output{number}"
-        assert run(small, "mnist.py", "--epochs", 2, *flags, "--output-dir", other)[0] == 0
+        assert fork(small, "mnist.py", "--epochs", 2, *flags, "--output-dir", other)[0] == 0
         assert not same(weights(other), weights(output))
 
 
@@ -345,7 +347,7 @@ def test_the_model_and_its_average_are_both_kept(trained):
 def test_bfloat16_learns_as_well(trained, small):
     log, output = trained
     other = ("--bf16", "--no-bf16")["bfloat16" in log.splitlines()[0]]
-    assert run(small, "mnist.py", "--epochs", 2, other)[0] == 0
+    assert fork(small, "mnist.py", "--epochs", 2, other)[0] == 0
     assert all(weight.dtype == torch.float32 for weight in weights(small / "output").values())
     assert not same(weights(small / "output"), weights(output))
     assert abs(metrics(small / "output")[-1]["accuracy"] - metrics(output)[-1]["accuracy"]) < 0.03
@@ -427,8 +429,9 @@ def small_test_set(project):
 
 def test_resume_at_an_epochs_end_equals_an_uninterrupted_run(trained, small):
     _, output = trained
-    assert run(small, "mnist.py", "--epochs", 1)[0] == 0
-    code, log = run(small, "mnist.py", "--epochs", 2, "--resume")
+    code, log = fork(small, "mnist.py", "--epochs", 1, "--resume")
+    assert code == 0 and "No checkpoint in output yet: starting afresh" in log
+    code, log = fork(small, "mnist.py", "--epochs", 2, "--resume")
     assert code == 0 and "Resuming in epoch 2 after 0 samples" in log
     assert same(weights(small / "output"), weights(output))
     for resumed, whole in zip(metrics(small / "output"), metrics(output), strict=True):
@@ -436,27 +439,20 @@ def test_resume_at_an_epochs_end_equals_an_uninterrupted_run(trained, small):
             assert resumed[name] == whole[name]
 
 
-def test_another_seed_gives_other_weights_and_the_same_seed_the_same(trained, small):
+def test_another_seed_gives_other_weights(trained, small):
     _, output = trained
-    assert run(small, "mnist.py", "--epochs", 2)[0] == 0
-    assert same(weights(small / "output"), weights(output))
-    assert run(small, "mnist.py", "--epochs", 2, "--seed", -7)[0] == 0
+    assert fork(small, "mnist.py", "--epochs", 2, "--seed", -7)[0] == 0
     assert not same(weights(small / "output"), weights(output))
 
 
-def test_resume_starts_afresh_where_there_is_nothing_to_resume(small):
-    code, log = run(small, "mnist.py", "--epochs", 1, "--resume")
-    assert code == 0 and "No checkpoint in output yet: starting afresh" in log
-
-
 def test_adadelta_trains_with_its_own_default_learning_rate(small):
-    code, log = run(small, "mnist.py", "--epochs", 1, "--optimizer", "adadelta")
+    code, log = fork(small, "mnist.py", "--epochs", 1, "--optimizer", "adadelta")
     assert code == 0, log
     assert metrics(small / "output")[0]["learning_rate"] == 1.0
 
 
 def test_dry_run_takes_one_batch_and_writes_nothing(small):
-    code, log = run(small, "mnist.py", "--dry-run", "--test-batch-size", 100, "--save-model")
+    code, log = fork(small, "mnist.py", "--dry-run", "--test-batch-size", 100, "--save-model")
     assert code == 0 and re.search(r"Test accuracy: \d+/100 ", log)
     assert log.count("Epoch:") == 1
     assert not (small / "output").exists()
@@ -510,7 +506,8 @@ def test_steps_of_two_processes_are_those_of_a_single_one_with_their_batches_tog
         "two": ["--batch-size", 32, "--num-processes", 2],
     }.items():
         flags += ["--epochs", 1, "--no-bf16", "--output-dir", folder]
-        code, log = run(project, "mnist.py", *flags, OMP_NUM_THREADS=1)
+        start = run if "--num-processes" in flags else fork
+        code, log = start(project, "mnist.py", *flags, OMP_NUM_THREADS=1)
         assert code == 0, log
     start = mnist.Trainer(mnist.Hyperparameters()).model.state_dict()
     one, two = (
@@ -549,11 +546,9 @@ def test_shares_are_disjoint_and_cover_the_set(small):
     assert source.count(spy) == 1
     note = spy + "; print(*share.tolist(), file=open(f'rank{rank}.txt', 'a'))"
     (small / "mnist.py").write_text(source.replace(spy, note))
-    flags = ("--epochs", 2, "--batch-size", 99)
-    code, log = run(
-        small, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 3, "mnist.py", *flags
-    )
-    assert code == 0, log
+    options = ("--epochs", 2, "--batch-size", 99)
+    with Training(small, small / "output", 3, options=options) as training:
+        training.complete()
     notes = [(small / f"rank{rank}.txt").read_text().splitlines() for rank in range(3)]
     shares = [[[int(sample) for sample in step.split()] for step in steps] for steps in notes]
     seen = [sample for rank in shares for share in rank for sample in share]

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from benchmarks.scale.model import Link
-from tests.rig.hosts import PyTorchJob
-from tests.rig.processes import clean_environment
-from tests.rig.project import ROOT
+from rig.hosts import PyTorchJob
+from rig.processes import clean_environment
+from rig.project import ROOT
 
 WORKER = ["-m", "benchmarks.scale.worker"]
 # On this machine, without hosts: how many processes, with how many threads each.

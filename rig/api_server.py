@@ -4,7 +4,7 @@
         subprocess.run(["kubectl", …], env=os.environ | {"KUBECONFIG": cluster.kubeconfig(folder)})
 
 It keeps what is created, and plays the operators that take each PyTorchJob and TrainJob to its end. It
-checks nothing: tests/rig/manifests.py does.
+checks nothing: rig/manifests.py does.
 """
 
 import copy
@@ -14,8 +14,8 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, urlsplit
 
-from tests.rig.operators import pods_of
-from tests.rig.processes import serving
+from rig.operators import pods_of
+from rig.processes import serving
 
 TRAINER = "trainer.kubeflow.org/v1alpha1"
 KINDS = {  # by their plural: the version of the API that has them, and their name

@@ -18,8 +18,8 @@ from types import SimpleNamespace
 
 import psutil
 
-from tests.rig.hosts import Network, Process, ip, need_hosts, new_name
-from tests.rig.processes import clean_environment, need
+from rig.hosts import Network, Process, ip, need_hosts, new_name
+from rig.processes import clean_environment, need
 
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 # Slurm believes what it is told about them. The GPUs are a pretence: it only counts their files.

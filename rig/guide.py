@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 
-from tests.rig.project import ROOT
+from rig.project import ROOT
 
 GUIDE = re.split(r"^## (.+)\n", (ROOT / "docs/containers.md").read_text(), flags=re.M)
 CHAPTERS = dict(zip(GUIDE[1::2], GUIDE[2::2], strict=True))  # by their titles

@@ -7,8 +7,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from tests.rig.processes import need, skip
-from tests.rig.project import ROOT
+from rig.processes import need, skip
+from rig.project import ROOT
 
 PERSON = 1234
 # How each is started. The files in /etc, which say whose numbers are whose, are seen in this script only.

@@ -18,56 +18,8 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import psutil
-
-from tests.rig.operators import pods_of
-from tests.rig.processes import need, skip
-
-
-class Process(subprocess.Popen):
-    """A command that is watched while it runs: what it prints goes to the file `log`."""
-
-    def __init__(self, command, log, **how):
-        self.log = Path(log)
-        with open(self.log, "wb") as file:
-            command = [str(word) for word in command]
-            super().__init__(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **how)
-
-    @property
-    def output(self):
-        return self.log.read_text(errors="replace")
-
-    def until(self, happened, timeout=90, pause=0.005):
-        """Wait until `happened()`, or until a text is printed. Returns False if the process ends before."""
-        wanted = (lambda: happened in self.output) if isinstance(happened, str) else happened
-        limit = time.monotonic() + timeout
-        while not wanted():
-            if self.poll() is not None:
-                return bool(wanted())
-            assert time.monotonic() < limit, f"waited {timeout} s for {happened}; printed:\n{self.output}"
-            time.sleep(pause)
-        return True
-
-    def end(self, timeout=120):
-        """Wait for the end. Returns (exit code, all that was printed)."""
-        try:
-            return self.wait(timeout), self.output
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still runs after {timeout} s; printed:\n{self.output}") from None
-
-    def family(self):
-        """Return this process and those that it started, eldest first."""
-        with suppress(psutil.NoSuchProcess):
-            eldest = psutil.Process(self.pid)
-            return [eldest, *eldest.children(recursive=True)]
-        return []
-
-    def kill_all(self):
-        """Kill the process and all that it started, as a power cut would."""
-        for process in self.family():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.wait()
+from rig.operators import pods_of
+from rig.processes import Fork, Process, need, skip
 
 
 def ip(*words):
@@ -143,12 +95,17 @@ class Host:
         """Start `python command…` in `folder` on this host."""
         # A pod knows itself by its own name; gloo looks it up to find the network that it should use.
         named = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', self.name]
-        return Process(
-            ["ip", "netns", "exec", self.name, *named, sys.executable, *command],
-            Path(folder, f"{self.name}.{secrets.token_hex(2)}.log"),
-            cwd=folder,
-            env=self.environment | {name: str(value) for name, value in changes.items()},
-        )
+        command = ["ip", "netns", "exec", self.name, *named, sys.executable, *command]
+        return Process(command, **self.place(folder, changes))
+
+    def fork(self, folder, *command, **changes):
+        """Do the same, sooner: it is no program of its own."""
+        return Fork(command, **self.place(folder, changes), host=self.name)
+
+    def place(self, folder, changes):
+        """Return where a process writes and is, and its environment."""
+        log = Path(folder, f"{self.name}.{secrets.token_hex(2)}.log")
+        return {"log": log, "cwd": folder, "env": self.environment | {k: str(v) for k, v in changes.items()}}
 
 
 class Network:
@@ -216,6 +173,10 @@ class PyTorchJob(Network):
     def start(self, *command, **changes):
         """Start `python command…` in every pod. Returns the processes."""
         return [host.start(self.folder, *command, OMP_NUM_THREADS=1, **changes) for host in self.hosts]
+
+    def fork(self, *command, **changes):
+        """Do the same, sooner: they are no programs of their own."""
+        return [host.fork(self.folder, *command, OMP_NUM_THREADS=1, **changes) for host in self.hosts]
 
 
 def end(processes, timeout=120):

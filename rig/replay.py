@@ -19,10 +19,10 @@ import subprocess
 import sys
 import time
 
-from tests.rig.hosts import Network, Process, new_name
-from tests.rig.manifests import quantity
-from tests.rig.operators import pods_of, state_of
-from tests.rig.project import ROOT
+from rig.hosts import Network, Process, new_name
+from rig.manifests import quantity
+from rig.operators import pods_of, state_of
+from rig.project import ROOT
 
 RESTART_AFTER = 1  # seconds; a kubelet waits longer each time, from 10 seconds to 5 minutes
 TIDY_AFTER = 2  # seconds, until the operator hears of the end: by then the workers have left by themselves

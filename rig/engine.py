@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig.processes import skip
-from tests.rig.project import ROOT
+from rig.processes import skip
+from rig.project import ROOT
 
 BASE_IMAGE = "python:3.11-slim"  # the Dockerfile's default
 DISK_SPACE = 20e9  # bytes: both images, what is built on the way, and some air
 BUILD = ("--network=host", "--build-arg=UV_TORCH_BACKEND")  # of which this environment knows the value
+SHARING = (
+    "--env=OMP_WAIT_POLICY=PASSIVE"  # so a container's threads do not spin either: see tests/conftest.py
+)
 PERSON = 1234  # who uses an engine of our own, for people seldom are root
 
 
@@ -151,7 +154,7 @@ def with_packages(engine):
     there = engine.must("run", "--rm", "--network=none", "--entrypoint=ls", BASE_IMAGE, "/usr/local/lib")
     if packages.parent.name not in there.split():
         pytest.skip(f"{BASE_IMAGE} has another Python than {packages}")
-    return f"--volume={packages}:/packages:ro", "--env=PYTHONPATH=/packages"
+    return f"--volume={packages}:/packages:ro", "--env=PYTHONPATH=/packages", SHARING
 
 
 def mounts_below(folder):

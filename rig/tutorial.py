@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import nbformat
 from matplotlib import image as png
 
-from tests.rig.processes import run
-from tests.rig.project import ROOT, make_small_project
+from rig.processes import run
+from rig.project import ROOT, make_small_project
 
 NOTEBOOK = ROOT / "notebooks" / "mnist.ipynb"
 CELLS = {cell.id: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}

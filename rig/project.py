@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mnist
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 RAW = Path("datasets", "MNIST", "raw")
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.rig.hosts import Process
-from tests.rig.processes import clean_environment, free_port
+from rig.processes import Fork, Process, clean_environment, free_port
 
 TRAIN, TEST, BATCH, INTERVAL, EPOCHS = 1000, 500, 30, 5, 2
 TIMEOUT = 10
@@ -87,20 +86,25 @@ class Training:
     def __exit__(self, *_):
         self.kill()
 
-    def start(self, *more):
+    def start(self, *more, kind=Process):
         """Start all processes; `more` adds to the command line."""
         before, after = self.launcher if self.launcher else ((), ())
-        command = [sys.executable, *before, "mnist.py", *after, *self.options, "--output-dir", self.output]
+        python = () if kind is Fork else (sys.executable, *before)
+        command = [*python, "mnist.py", *after, *self.options, "--output-dir", self.output]
         meeting = {"WORLD_SIZE": self.world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
         attempt, self.processes = len(self.logs), []
         for rank in range(1 if self.launcher else self.world_size):
             in_job = {"RANK": rank, **meeting} if self.world_size > 1 and not self.launcher else {}
             log = f"{self.output}.{attempt}.{rank}.log"
             environment = clean_environment(OMP_NUM_THREADS=1, **in_job)
-            process = Process([*command, *more], log, cwd=self.project, env=environment)
+            process = kind([*command, *more], log, cwd=self.project, env=environment)
             self.processes.append(process)
         self.logs.append(self.processes[0].log)
         return self
+
+    def fork(self, *more):
+        """Start all, sooner: they are no programs of their own."""
+        return self.start(*more, kind=Fork)
 
     def end(self, timeout=120):
         """Wait for the end of all. Returns their exit codes."""
@@ -109,7 +113,7 @@ class Training:
 
     def complete(self, *more):
         """Run, from the start or where a checkpoint is, to the end of the last epoch."""
-        self.start("--resume", *more)
+        self.start("--resume", *more, kind=Process if self.launcher else Fork)
         codes = self.end()
         assert codes == [0] * len(codes), f"exit codes {codes}:\n{self.printed}"
         return self

@@ -1,8 +1,8 @@
 """Faults, and what must hold after them. The tests try a few; this tries many.
 
-python -m tests.rig.faults             (or `make faults`) prints a table of what was tried and what survived
-python -m tests.rig.faults --quick     a tenth of it
-python -m tests.rig.faults --seed 2    at other instants, with other damage
+python -m rig.faults             (or `make faults`) prints a table of what was tried and what survived
+python -m rig.faults --quick     a tenth of it
+python -m rig.faults --seed 2    at other instants, with other damage
 """
 
 import argparse
@@ -20,10 +20,11 @@ from pathlib import Path
 
 import torch
 
-from tests.rig.hosts import PyTorchJob
-from tests.rig.operators import PORT
-from tests.rig.project import RAW, make_small_project
-from tests.rig.training import (
+from rig.hosts import PyTorchJob
+from rig.operators import PORT
+from rig.processes import Fork, Process
+from rig.project import RAW, make_small_project
+from rig.training import (
     MOMENTS,
     TEST,
     TIMEOUT,
@@ -47,7 +48,7 @@ def kill_and_resume(project, name, world_size, moment, rng):
     """Kill all processes, or one of them, with -9; resume; compare with the uninterrupted training."""
     expected, lines = project.reference(world_size)
     with project.training(name, world_size) as training:
-        training.start().reach(moment, rng)
+        training.start(kind=Process if moment == "start-up" else Fork).reach(moment, rng)
         saved = training.saved()
         if world_size > 1 and moment != "start-up" and rng.random() < 0.5:
             rng.choice(training.processes).kill()
@@ -178,7 +179,7 @@ def lose_worker(project, fault, rng):
     options = ("--epochs", 200, "--timeout", TIMEOUT, "--log-interval", 1)
     options += ("--output-dir", tempfile.mkdtemp(dir=project.folder))
     with PyTorchJob(project.folder) as job:
-        processes = job.start("mnist.py", *options)
+        processes = job.fork("mnist.py", *options)
         steps = rng.randrange(1, 40)
         assert processes[0].until(lambda: processes[0].output.count("- Loss: ") >= steps)
         time.sleep(rng.uniform(0, 0.05))

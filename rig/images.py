@@ -13,8 +13,8 @@ from threading import Thread
 
 import requests
 
-from tests.rig.processes import free_port, need, run
-from tests.rig.project import ROOT
+from rig.processes import free_port, need, run
+from rig.project import ROOT
 
 APPEND = ROOT / "docker" / "append.py"
 MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"

@@ -24,8 +24,8 @@ import yaml
 from kubeflow_katib_api.models import V1beta1Experiment
 
 import mnist
-from tests.rig.operators import pods_of
-from tests.rig.project import ROOT
+from rig.operators import pods_of
+from rig.project import ROOT
 
 KUBERNETES = ROOT / "kubernetes"
 JOB, POD = ROOT / "pytorchjob-mnist.yaml", KUBERNETES / "pod-mnist.yaml"

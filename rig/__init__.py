@@ -1,0 +1,1 @@
+"""What tests and benchmarks stand on: hosts, operators, engines and servers made for them."""

@@ -1,1 +1,0 @@
-"""What the tests stand on: hosts, operators, engines and servers made for them."""
