@@ -236,12 +236,6 @@ def test_a_launcher_leaves_with_what_its_processes_left_with(codes, expected):
                 mnist.launch("2", [])
 
 
-def test_a_path_that_speaks_of_allocation_is_no_want_of_memory():
-    assert not mnist.lacks_memory(OSError("allocations/MNIST/raw/train-labels-idx1-ubyte.gz is missing"))
-    assert mnist.lacks_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 7 bytes"))
-    assert mnist.lacks_memory(MemoryError())
-
-
 def test_several_processes_share_the_processors_that_there_are(monkeypatch):
     """Not those of the whole machine: a container may have a few of them only."""
     shares = []

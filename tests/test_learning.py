@@ -6,7 +6,11 @@
 import json
 import math
 import os
+import re
+import shutil
+import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,6 +271,39 @@ def test_nobody_leaves_before_all_that_is_to_be_written_is_there(digits, tmp_pat
     assert not stopped or end.value.code == 143
 
 
+def test_each_flag_of_a_training_does_what_it_says(digits, tmp_path, monkeypatch, caplog):
+    def train(folder, rank=0, world_size=1, checkpoint=None, **flags):
+        caplog.clear()
+        args = settings_for(tmp_path, **flags)
+        place = Place("", rank, world_size)
+        mnist.train(args, place, torch.device("cpu"), folder and tmp_path, checkpoint)
+        return [message for message in caplog.messages if not message.startswith(("loss=", "accuracy="))]
+
+    def load_mnist(folder, device):
+        assert (folder, device) == ("datasets", torch.device("cpu"))
+        return digits, TEST_SET
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(mnist, "load_mnist", load_mnist)
+    (step, accuracy) = train(None, 0, 2, dry_run=True, epochs=9, save_model=True, test_batch_size=3)
+    assert step.startswith("Epoch: 1 (  0.0%)") and re.fullmatch(r"Test accuracy: [0-3]/3 .*", accuracy)
+    train("folder", 1, 2, save_model=True)
+    assert not list(tmp_path.iterdir()), "only the first process writes"
+    first, *_ = train("folder", resume=True)
+    assert first == f"No checkpoint in {tmp_path} yet: starting afresh"
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "metrics.jsonl"}
+    checkpoint = mnist.load_checkpoint(tmp_path)
+    first, *_ = train("folder", checkpoint=checkpoint, resume=True, epochs=2, save_model=True)
+    assert first == "Resuming in epoch 2 after 0 samples"
+    kept = mnist.load_checkpoint(tmp_path)["averaged_model"]
+    model = torch.load(tmp_path / "mnist_model.pt", weights_only=True)
+    assert model.keys() == kept.keys() and all(torch.equal(model[name], kept[name]) for name in kept)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert train("folder")[0].startswith("Epoch: 1 "), "without --resume, it starts afresh"
+    with pytest.raises(ValueError, match="--batch-size is too large: 60 in all processes, of 50 images"):
+        train("folder", 0, 3)
+
+
 # --- A save -------------------------------------------------------------------------------------
 
 
@@ -295,3 +332,160 @@ def test_no_save_replaces_the_good_checkpoint_by_a_damaged_one(tmp_path):
     assert not newest.exists() and (tmp_path / "checkpoint.damaged").exists()
     mnist.save(new_trainer(), tmp_path)
     assert mnist.read_checkpoint(newest) and mnist.read_checkpoint(previous)
+
+
+@pytest.fixture(scope="module")
+def saved_once(digits, tmp_path_factory):
+    """A folder with checkpoints of two steps and, before that, of one."""
+    folder, trainer = tmp_path_factory.mktemp("saved"), new_trainer()
+    for _, _ in zip(trainer.train(*digits), range(2), strict=False):
+        mnist.save(trainer, folder)
+    return folder
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path):
+    return shutil.copytree(saved_once, tmp_path / "saved")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(saved, caplog):
+    newest, previous = saved / "checkpoint.pt", saved / "checkpoint.previous.pt"
+    newest.write_bytes(b"?" * 999)
+    assert mnist.load_checkpoint(saved)["progress"]["samples_seen"] == 20
+    assert caplog.messages == [
+        f"{newest} is not a good checkpoint (BadZipFile('File is not a zip file')): passed over"
+    ]
+    newest.with_suffix(".damaged").rename(newest)
+    newest.unlink()
+    newest.mkdir()
+    assert mnist.load_checkpoint(saved) and newest.with_suffix(".damaged").is_dir()
+    newest.touch()
+    previous.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"no good checkpoint is left in {saved}: start afresh, without --r"):
+        mnist.load_checkpoint(saved)
+    assert newest.exists() and previous.exists()
+
+
+class Trap:
+    """What a pickle runs when it is loaded without care."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("sprung"),)
+
+
+OTHERS = "^it is another program's, or another version's$"
+
+
+@pytest.mark.parametrize(
+    "part, changes, reason",
+    [
+        ("world_size", None, OTHERS),
+        ("model", None, OTHERS),
+        ("progress", {"pace": 1}, OTHERS),
+        ("hyperparameters", {"depth": 1}, OTHERS),
+        ("progress", {"history": Trap()}, "Weights only load failed"),
+    ],
+)
+def test_what_is_no_checkpoint_of_this_program_is_not_loaded(saved, monkeypatch, part, changes, reason):
+    monkeypatch.chdir(saved)
+    checkpoint = mnist.read_checkpoint(saved / "checkpoint.pt")
+    checkpoint[part].update(changes) if changes else checkpoint.pop(part)
+    torch.save(checkpoint, saved / "checkpoint.pt")
+    with pytest.raises(Exception, match=reason):
+        mnist.read_checkpoint(saved / "checkpoint.pt")
+    assert not (saved / "sprung").exists()
+
+
+def test_a_single_wrong_bit_is_noticed(saved):
+    contents = bytearray((saved / "checkpoint.pt").read_bytes())
+    contents[len(contents) // 2] ^= 1
+    (saved / "checkpoint.pt").write_bytes(contents)
+    with pytest.raises(ValueError, match=r"wrong checksum of .*data/\d"):
+        mnist.read_checkpoint(saved / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("error", [PermissionError("no"), MemoryError("no"), RuntimeError("can't allocate")])
+def test_a_checkpoint_that_cannot_be_read_is_an_error_and_stays(saved, monkeypatch, error):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(mnist, "read_checkpoint", fail)
+    with pytest.raises(OSError, match=f"cannot read {saved}/checkpoint.pt: {error}"):
+        mnist.load_checkpoint(saved)
+    for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(ValueError, match=r"PyTorch loads no checkpoint here: .*TORCH_FORCE"):
+        mnist.load_checkpoint(saved)
+    assert len(list(saved.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "name, then, now",
+    [("batch_size", 20, 10), ("lr", 0.1, 0.5), ("augment", True, False), ("seed", 1, 2)],
+)
+def test_a_checkpoint_of_other_hyperparameters_is_refused_by_name(saved, name, then, now):
+    with pytest.raises(ValueError, match=f"the checkpoint has {name} {then}, but this run has {now}"):
+        mnist.resume(new_trainer(**{name: now}), mnist.load_checkpoint(saved))
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved):
+    checkpoint = mnist.load_checkpoint(saved)
+    checkpoint["model"]["fc2.bias"] = torch.zeros(11)
+    with pytest.raises(ValueError, match=r"(?s)the checkpoint does not fit this model: .*fc2\.bias"):
+        mnist.resume(new_trainer(), checkpoint)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_resumed_trainer_takes_the_next_step_however_its_weights_were_laid_out(
+    digits, saved, caplog, world_size
+):
+    """Fused SGD does not look how weights and their momentum lie in memory, which depends on the device."""
+    caplog.set_level("INFO")
+    checkpoint = mnist.load_checkpoint(saved)
+    for state in checkpoint["optimizer"]["state"].values():
+        state["momentum_buffer"] = state["momentum_buffer"].contiguous()
+    resumed, untouched = new_trainer(0, world_size), new_trainer()
+    resumed.hyperparameters.bf16 = True  # a machine may have another precision
+    mnist.resume(resumed, checkpoint)
+    resumed.hyperparameters.bf16, resumed.job = False, mnist.Alone()
+    list(resumed.train(*digits))
+    resumed.scheduler.step()
+    list(untouched.train(*digits))
+    assert (resumed.samples_seen, resumed.steps, resumed.epoch) == (SAMPLES, 3, 1)
+    assert distance(resumed.model.parameters(), untouched.model.parameters()) == 0
+    assert distance(resumed.averaged_model.parameters(), untouched.averaged_model.parameters()) == 0
+    assert resumed.loss_sum == untouched.loss_sum
+    note = f"1 process(es) before, {world_size} now: batches differ in size, so results will differ"
+    assert caplog.messages == ["Resuming in epoch 1 after 40 samples", *([note] if world_size > 1 else ())]
+
+
+@pytest.mark.parametrize(
+    "text, advice", [("", ""), ("4711\nnode-1\n3\n", ". If 4711 on node-1 is gone, delete FOLDER/.lock")]
+)
+def test_a_folder_belongs_to_one_run_at_a_time_of_any_user(tmp_path, monkeypatch, text, advice):
+    folder, umask = tmp_path / "deep" / "output", os.umask(0)
+    with mnist.claimed(folder):
+        os.umask(umask)
+        assert (folder / ".lock").stat().st_mode & 0o777 == 0o666
+        monkeypatch.setattr(Path, "read_text", lambda path: text if path == folder / ".lock" else "")
+        begin = time.monotonic()
+        with pytest.raises(OSError) as refused:
+            mnist.claimed(str(folder))
+    assert str(refused.value) == f"another run writes to {folder}{advice.replace('FOLDER', str(folder))}"
+    assert time.monotonic() - begin < 0.9
+    mnist.claimed(folder).__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    "error, lacking",
+    [
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to get 7 bytes"), True),
+        (RuntimeError("shapes do not match"), False),
+        (OSError("allocations/MNIST/raw/train-labels-idx1-ubyte.gz is missing"), False),  # a path's name
+    ],
+)
+def test_a_want_of_memory_is_told_from_other_errors(error, lacking):
+    assert mnist.lacks_memory(error) is lacking
