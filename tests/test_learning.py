@@ -3,6 +3,7 @@
 `make mutants` changes mnist.py in hundreds of places, to see whether these tests notice (docs/mutants.md).
 """
 
+import errno
 import json
 import math
 import os
@@ -217,17 +218,22 @@ def test_the_metrics_are_those_of_the_steps_and_of_the_test(digits, tmp_path, ca
         ]
 
 
-def test_the_clock_of_a_resumed_epoch_goes_on(digits, tmp_path, monkeypatch):
-    """It is looked at once before the first step, once after each of the three, and once at the end."""
+def test_a_resumed_epoch_goes_on_in_its_clock_its_log_and_its_saves(digits, tmp_path, monkeypatch, caplog):
+    """The clock is looked at once before the first step, once after each of the five, and once at the end."""
+    caplog.set_level("INFO")
     monkeypatch.setattr(mnist, "time", Clock())
-    args = settings_for(tmp_path, checkpoint_interval=2)
-    trainer = new_trainer()
+    args = settings_for(tmp_path, batch_size=10, checkpoint_interval=3, log_interval=2)
+    trainer, resumed = (new_trainer(batch_size=10) for _ in range(2))
     mnist.run_epoch(trainer, digits, TEST_SET, args, tmp_path)
-    resumed = new_trainer()
-    mnist.resume(resumed, mnist.read_checkpoint(tmp_path / "checkpoint.previous.pt"))  # of two steps
-    assert (resumed.samples_seen, resumed.seconds) == (40, 2)
+    assert [line[:17] for line in caplog.messages[:3]] == [
+        f"Epoch: 1 ({n})" for n in ("  0.0%", " 40.0%", " 80.0%")
+    ]
+    mnist.resume(resumed, mnist.read_checkpoint(tmp_path / "checkpoint.previous.pt"))
+    assert (resumed.samples_seen, resumed.seconds) == (30, 3)
+    caplog.clear()
     mnist.run_epoch(resumed, digits, TEST_SET, args, tmp_path)
-    assert trainer.history[0]["seconds"] == resumed.history[0]["seconds"] == 4
+    assert caplog.messages[0].startswith("Epoch: 1 ( 80.0%)")
+    assert trainer.history[0]["seconds"] == resumed.history[0]["seconds"] == 6
     assert resumed.seconds == 0, "the next epoch has a clock of its own"
 
 
@@ -242,11 +248,15 @@ def test_three_processes_that_resume_have_the_loss_of_one_between_them(digits, t
     assert sum(float(part.loss_sum) for part in parts) == float(trainer.loss_sum) > 0
 
 
-def test_a_loss_that_is_no_number_is_not_saved(digits, tmp_path):
+def test_a_loss_that_is_no_number_is_not_saved(digits, tmp_path, monkeypatch):
+    said = pytest.raises(FloatingPointError, match="in epoch 1, the loss is nan: try a smaller --lr")
     trainer = new_trainer()
     trainer.loss_sum = math.nan
-    with pytest.raises(FloatingPointError, match="in epoch 1, the loss is nan: try a smaller --lr"):
+    with said:
         mnist.save(trainer, tmp_path)
+    monkeypatch.setattr(mnist, "test", lambda *_: (math.nan, 0))
+    with said:
+        mnist.run_epoch(new_trainer(), digits, TEST_SET, settings_for(tmp_path), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -302,6 +312,7 @@ def test_each_flag_of_a_training_does_what_it_says(digits, tmp_path, monkeypatch
     assert train("folder")[0].startswith("Epoch: 1 "), "without --resume, it starts afresh"
     with pytest.raises(ValueError, match="--batch-size is too large: 60 in all processes, of 50 images"):
         train("folder", 0, 3)
+    train("folder", batch_size=SAMPLES)
 
 
 # --- A save -------------------------------------------------------------------------------------
@@ -314,6 +325,21 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     mnist.write(tmp_path / "file", b"five!")
     mnist.write(tmp_path / "file", b"three", keep=tmp_path / "before")
     assert done == [5, "file", 5, "before", "file"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EIO, errno.ENOSPC])
+def test_only_a_file_system_that_has_no_fsync_is_written_to_without_it(tmp_path, monkeypatch, number):
+    def fail(_):
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "file").write_bytes(b"before")
+    monkeypatch.setattr(os, "fsync", fail)
+    there_is_none = number not in (errno.EIO, errno.ENOSPC)
+    said = pytest.raises(OSError, match=f"^cannot write {tmp_path}/file: {os.strerror(number)}$")
+    with nullcontext() if there_is_none else said:
+        mnist.write(tmp_path / "file", b"after")
+    assert (tmp_path / "file").read_bytes() == (b"after" if there_is_none else b"before")
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_checkpoint_never_knows_an_epoch_that_the_metrics_lack(tmp_path):
