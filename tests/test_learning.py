@@ -36,6 +36,7 @@ class Place(mnist.Job):
         return list(numbers)
 
     def distribute(self, model):
+        assert self.world_size > 1, "alone, nothing is averaged"
         return model
 
 
@@ -267,24 +268,33 @@ def test_a_loss_that_is_no_number_is_not_saved(digits, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_nobody_leaves_before_all_that_is_to_be_written_is_there(digits, tmp_path, monkeypatch, stopped):
+def test_nobody_leaves_before_all_that_is_to_be_written_is_there(
+    digits, tmp_path, monkeypatch, caplog, stopped
+):
     class Watched(Place):
         def all_reduce(self, *numbers):
             there_at_meetings.append({path.name for path in tmp_path.iterdir()})
             return list(numbers)
 
         def stop_if_asked(self):
-            if stopped and there_at_meetings:
+            if stopped and len(there_at_meetings) > 1:
                 raise mnist.Stopped
 
+        def distribute(self, model):
+            there_at_meetings.append("distributed")
+            return model
+
     there_at_meetings = []
+    caplog.set_level("INFO")
     monkeypatch.setattr(mnist, "load_mnist", lambda *_: (digits, TEST_SET))
     args = settings_for(tmp_path, save_model=True)
     with pytest.raises(SystemExit) if stopped else nullcontext() as end:
         mnist.train(args, Watched("", 0, 2), torch.device("cpu"), tmp_path, None)
     written = {"checkpoint.pt", "metrics.jsonl"} | ({"mnist_model.pt"} if not stopped else set())
-    assert there_at_meetings[-1] == written
-    assert not stopped or end.value.code == 143
+    assert there_at_meetings[-1] == written and there_at_meetings[0] == "distributed"
+    if stopped:
+        assert end.value.code == 143
+        assert caplog.messages[-1] == "Stopped by a signal. --resume goes on from the newest checkpoint"
 
 
 def test_each_flag_of_a_training_does_what_it_says(digits, tmp_path, monkeypatch, caplog):
@@ -496,10 +506,8 @@ def test_a_resumed_trainer_takes_the_next_step_however_its_weights_were_laid_out
     "text, advice", [("", ""), ("4711\nnode-1\n3\n", ". If 4711 on node-1 is gone, delete FOLDER/.lock")]
 )
 def test_a_folder_belongs_to_one_run_at_a_time_of_any_user(tmp_path, monkeypatch, text, advice):
-    folder, umask = tmp_path / "deep" / "output", os.umask(0)
-    claim = mnist.claimed(folder)
-    os.umask(umask)
-    with claim:
+    folder = tmp_path / "deep" / "output"
+    with mnist.claimed(folder):
         assert (folder / ".lock").stat().st_mode & 0o777 == 0o666
         monkeypatch.setattr(Path, "read_text", lambda path: text if path == folder / ".lock" else "")
         monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits"))
