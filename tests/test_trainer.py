@@ -215,6 +215,8 @@ def test_distortions_fill_their_ranges_and_are_new_in_every_epoch_and_for_every_
             counts = seen.histc(10, low, high)
             assert seen.min() >= low - 1e-3 and seen.max() <= high + 1e-3
             assert counts.min() > 400 and counts.max() < 600
+        each_by_itself = torch.corrcoef(torch.stack([turned, size, right, down])) - torch.eye(4)
+        assert each_by_itself.abs().max() < 0.1
     assert len({tuple(distortions.flatten().tolist()) for distortions in every}) == len(every)
     assert torch.equal(every[2], mnist.epoch_distortions(5000, 1, 1))
 
