@@ -133,6 +133,17 @@ def test_a_tenth_of_the_units_is_dropped_in_training_and_none_in_evaluation(digi
     assert len(kept) > 1000 and 0.07 < 1 - kept.float().mean() < 0.13
 
 
+@pytest.mark.parametrize("batch_size", [7, 1000])
+def test_evaluation_gives_the_figures_of_all_images_at_once(digits, batch_size):
+    model = mnist.Net()
+    loss, correct = mnist.test(model, *digits, batch_size)
+    answers = model.eval()(digits[0])
+    assert loss == pytest.approx(F.nll_loss(answers, digits[1]).item(), rel=1e-4)
+    assert correct == sum(
+        int(answer.argmax()) == label for answer, label in zip(answers, digits[1], strict=True)
+    )
+
+
 def test_a_test_in_between_does_not_change_what_is_learned(digits):
     one, other = new_trainer(), new_trainer()
     for epoch in (1, 2):
