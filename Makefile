@@ -18,7 +18,7 @@ $(error The Python that .venv was made with is gone: remove .venv, and run make 
 endif
 endif
 
-.PHONY: notebook test lab lint notebook-refresh question-answering faults bench gpu scale requirements system-packages
+.PHONY: notebook test lab lint notebook-refresh question-answering faults mutants bench gpu scale requirements system-packages
 
 notebook: .venv/notebook
 	$(RUN) papermill notebooks/mnist.ipynb out.ipynb -p epochs 1 --log-output --no-progress-bar
@@ -63,6 +63,13 @@ question-answering: .venv/question-answering
 # Kills, signals and damage at random, for longer than CI has time.
 faults: .venv/tests
 	$(RUN) rig.faults
+
+# Hundreds of small changes to the trainer's first four parts and to an epoch: which of them do the quick tests notice?
+MUTATED = Net Trainer load_mnist read_idx checksums random_seed epoch_order epoch_distortions distort run_epoch train \
+    lacks_memory finite save write claimed read_checkpoint load_checkpoint resume
+mutants: .venv/tests
+	OMP_NUM_THREADS=1 $(RUN) mutmut run $(MUTATED:%="mnist.x?%?*")
+	$(RUN) mutmut results
 
 # Other libraries on the same work. Renews docs/peers.md and its picture.
 bench: .venv/bench

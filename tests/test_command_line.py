@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed.elastic as elastic
 
 import mnist
 from rig.processes import clean_environment, fork, need, run
@@ -185,9 +187,13 @@ def test_who_has_a_launcher_already_is_told_so_and_not_ignored(refuse_variables,
             RuntimeError("\n"),
             "mnist.py: rank 0 of 2 (meeting at localhost:29500) failed, or lost another: Runtime",
         ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),  # this process's own want
+            "mnist.py: memory does not suffice, try a smaller --batch-size (DefaultCPUAllocator",
+        ),
     ],
 )
-def test_an_error_without_text_is_a_sentence_all_the_same(
+def test_an_error_among_several_processes_is_a_sentence_also_without_a_text(
     refuse_variables, monkeypatch, tmp_path, error, sentence
 ):
     def fail(*_):
@@ -197,10 +203,37 @@ def test_an_error_without_text_is_a_sentence_all_the_same(
     assert refuse_variables(JOB, "--output-dir", str(tmp_path)).startswith(sentence)
 
 
-def test_a_path_that_speaks_of_allocation_is_no_want_of_memory():
-    assert not mnist.lacks_memory(OSError("allocations/MNIST/raw/train-labels-idx1-ubyte.gz is missing"))
-    assert mnist.lacks_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 7 bytes"))
-    assert mnist.lacks_memory(MemoryError())
+@pytest.mark.parametrize(
+    "codes, expected",
+    [
+        ([0, 0], 0),
+        ([143, 143], 143),
+        ([0, 143], 143),  # a signal came when one of them had already ended
+        ([143, 1], 1),  # who could not save
+        ([1, 3, 143], 3),  # a process's own code
+        ([-signal.SIGTERM, 143], 1),
+        ([1, -signal.SIGKILL], r"process 1 was ended by SIGKILL \(often, memory has run out\)"),
+        ([-signal.SIGSEGV, -signal.SIGTERM], r"process 0 was ended by SIGSEGV$"),
+        (None, 1),  # it is not known
+    ],
+)
+def test_a_launcher_leaves_with_what_its_processes_left_with(codes, expected):
+    def torchrun():
+        processes = [
+            SimpleNamespace(proc=SimpleNamespace(wait=lambda code=code: code)) for code in codes or ()
+        ]
+        context = SimpleNamespace(subprocess_handlers=dict(enumerate(processes)))
+        agent = SimpleNamespace(_pcontext=context) if codes else None
+        raise elastic.multiprocessing.SignalException(f"{agent} was asked to stop", signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, mnist.state_restored():
+        patch.setattr("torch.distributed.run.main", lambda _: torchrun())
+        patch.setenv("PET_NNODES", "1")
+        if isinstance(expected, int):
+            assert mnist.launch("2", []) == expected
+        else:
+            with pytest.raises(ChildProcessError, match=expected):
+                mnist.launch("2", [])
 
 
 def test_several_processes_share_the_processors_that_there_are(monkeypatch):
@@ -332,6 +365,30 @@ def test_the_table_of_flags_is_the_help_text(capsys, monkeypatch):
     flags = dict(re.findall(r"^  (--.*?)(?:  +|\n +)(\S.*)$", capsys.readouterr().out, re.M))
     table = dict(re.findall(r"^\| `(--[^`]*)` \| (.*) \|$", (ROOT / "docs" / "trainer.md").read_text(), re.M))
     assert table == flags
+
+
+def test_variables_signals_and_the_log_are_given_back_even_after_a_failure(monkeypatch):
+    monkeypatch.setenv("CHANGED", "before")
+    monkeypatch.setenv("DELETED", "before")
+    log, handlers = logging.getLogger(), logging.getLogger().handlers[:]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+    before = (
+        [signal.getsignal(number) for number in numbers],
+        log.level,
+        log.manager.disable,
+        dict(os.environ),
+    )
+    with pytest.raises(OSError), mnist.state_restored():
+        os.environ.update(CHANGED="after", NEW="after")
+        del os.environ["DELETED"]
+        assert not log.handlers, "lines would appear twice"
+        logging.basicConfig(level=logging.DEBUG)
+        logging.disable()
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise OSError
+    after = [signal.getsignal(number) for number in numbers], log.level, log.manager.disable, dict(os.environ)
+    assert after == before and log.handlers == handlers
 
 
 def test_after_the_program_a_notebook_has_everything_back(small, monkeypatch):

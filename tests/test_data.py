@@ -192,6 +192,8 @@ def idx(kind, shape, values):
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 FOREIGN = {
     "signed bytes": (IMAGES, idx(9, (1, 28, 28), bytes(784)), "int8"),
+    "int16": (IMAGES, idx(11, (1, 28, 28), bytes(2 * 784)), "int16"),
+    "float64": (IMAGES, idx(14, (1, 28, 28), bytes(8 * 784)), "float64"),
     "floats": (IMAGES, idx(13, (1, 28, 28), bytes(4 * 784)), "float32"),
     "int32 labels": (LABELS, idx(12, (1000,), bytes(4000)), "int32"),
     "an unknown type": (LABELS, idx(7, (1000,), bytes(1000)), "something else"),
@@ -217,7 +219,7 @@ def test_sound_files_of_another_type_are_told_apart_from_damaged_ones(small, kin
     listed = small / RAW / "SHA256SUMS"
     lines = [line for line in listed.read_text().splitlines() if name not in line]
     listed.write_text("\n".join([*lines, f"{hashlib.sha256(contents).hexdigest()}  {name}"]))
-    with pytest.raises(ValueError, match=expected) as refused:
+    with pytest.raises(ValueError, match=rf"\b{expected}\b") as refused:
         mnist.load_mnist(small / "datasets")
     assert str(small / RAW) in str(refused.value) and "damaged" not in str(refused.value)
 

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from rig import operators
 from rig.manifests import (
     CLAIM,
     CRDS,
@@ -110,6 +111,12 @@ def test_on_a_cluster_of_one_s_own_the_job_is_right_and_fits_on_two_cpus(tmp_pat
 def test_the_readme_names_the_versions_that_are_checked_against():
     versions = [re.search(r"-(v[\d.]+)\.json", name)[1] for name in os.listdir(CRDS) if ".json" in name]
     assert versions and [version for version in versions if version not in README] == []
+
+
+def test_the_imitated_operators_are_of_the_versions_that_the_guides_name():
+    """Whoever names a newer one reads its sources first, and changes rig/operators.py."""
+    named = lambda text: set(re.findall(r"\bv\d+\.\d+\.\d+\b", text))  # noqa: E731
+    assert named(README + (KUBERNETES / "clouds.md").read_text()) == named(operators.__doc__)
 
 
 # --- Edited ones --------------------------------------------------------------------------------
