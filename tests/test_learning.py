@@ -117,8 +117,7 @@ def test_each_step_is_the_one_that_the_hyperparameters_ask_for(digits, rank, wor
             for weight, its_weight, was in zip(weights, trainer.model.parameters(), before, strict=True):
                 was.copy_(weight.data.copy_(its_weight.data))
         assert trainer.samples_seen == SAMPLES and trainer.epoch == epoch
-        trainer.scheduler.step()
-        trainer.begin(epoch + 1)
+        trainer.next_epoch()
     assert next(expected, None) is None, "steps are missing"
 
 
@@ -207,9 +206,8 @@ def test_the_metrics_are_those_of_the_steps_and_of_the_test(digits, tmp_path, ca
     for epoch, rate in ((1, 0.1), (2, 0.075)):
         caplog.clear()
         mnist.run_epoch(trainer, digits, TEST_SET, settings_for(tmp_path), tmp_path)
-        twin.begin(epoch)
         losses = [loss.item() for loss in twin.train(*digits)]
-        twin.scheduler.step()
+        twin.next_epoch()
         test_loss, correct = mnist.test(twin.averaged_model, *TEST_SET)
         seen = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
         train_loss = (20 * losses[0] + 20 * losses[1] + 10 * losses[2]) / 50
