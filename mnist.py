@@ -395,8 +395,9 @@ def resume(trainer, checkpoint):
         raise ValueError(f"the checkpoint does not fit this model: {error}") from error
     # Fused SGD reads weights and their momentum as they lie in memory, which depends on the device.
     for weight, state in trainer.optimizer.state.items():
-        for name in [n for n, value in state.items() if getattr(value, "shape", None) == weight.shape]:
-            state[name] = torch.empty_like(weight).copy_(state[name])
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == weight.shape:
+                state[name] = torch.empty_like(weight).copy_(value)
     trainer.optimizer._opt_called = True  # otherwise the scheduler warns about a step it has not seen
     vars(trainer).update(checkpoint["progress"])
     trainer.loss_sum *= trainer.job.rank == 0  # rank 0 has the sum of all
@@ -572,7 +573,7 @@ def state_restored():
     ends = __name__ == "__main__" and "IPython" not in sys.modules
     env, log, numbers = dict(os.environ), logging.getLogger(), (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
     handlers = [signal.getsignal(number) for number in numbers]
-    log_was = log.handlers[:], log.level, log.manager.disable
+    log_was, disabled = (log.handlers[:], log.level), log.manager.disable
     log.handlers.clear()
     try:
         yield
@@ -581,7 +582,8 @@ def state_restored():
             signal.signal(number, signal.SIG_IGN if ends else handler)
         os.environ.clear()
         os.environ.update(env)
-        log.handlers[:], log.level, log.manager.disable = log_was
+        log.handlers[:], log.level = log_was
+        logging.disable(disabled)  # a call, because loggers remember what they have found disabled
 
 
 def count_to_launch(args):
@@ -757,9 +759,9 @@ def run(args, job):
     with claimed(folder) if folder and job.rank == 0 else nullcontext():
         checkpoint = load_checkpoint(folder) if folder and args.resume and job.rank == 0 else None
         args.bf16 = choose_bf16(device, args.bf16, checkpoint)
-        threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-        how = f"backend {backend if job.world_size > 1 else 'none'}, {threads}"
-        how += ", bfloat16" if args.bf16 else ", float32"
+        threads, numbers = torch.get_num_threads(), "bfloat16" if args.bf16 else "float32"
+        how = f"backend {backend if job.world_size > 1 else 'none'}, "
+        how += f"{threads} thread{'s' * (threads > 1)}, {numbers}"
         logging.info(f"Started {job.started}: rank {job.rank} of {job.world_size}, device {device}, {how}")
         raw = Path(args.data_dir, "MNIST", "raw")
         if job.local_rank == 0 and not any(raw.glob("*")):  # before the processes meet

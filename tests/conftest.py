@@ -1,13 +1,16 @@
 """What pytest gives to the tests of all modules: an order, small projects to train in, a container engine."""
 
+import logging
 import os
 import shutil
+import signal
 
 # Tests share two processors. A thread that waits for another must leave its own to them, not spin.
 # PyTorch reads this when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+import torch
 
 from rig.engine import running_engine
 from rig.hosts import need_hosts
@@ -27,6 +30,22 @@ def pytest_collection_modifyitems(items):
         for name in {"engine", "hosts"} & set(item.fixturenames):
             item.add_marker(name)
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """A test gives back what all tests of its process share; otherwise a later one fails, in some orders."""
+
+    def shared():
+        signals = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)]
+        log, variables = logging.getLogger(), dict(os.environ)
+        for name in ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"):  # pytest's and PyTorch's own
+            variables.pop(name, None)
+        return variables, os.getcwd(), log.level, log.manager.disable, signals, torch.get_num_threads()
+
+    before = shared()
+    yield
+    assert shared() == before
 
 
 @pytest.fixture(scope="session")

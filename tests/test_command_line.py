@@ -243,7 +243,7 @@ def test_several_processes_share_the_processors_that_there_are(monkeypatch):
     monkeypatch.setattr("torch.distributed.run.main", note)
     monkeypatch.setattr(mnist, "count_processors", lambda: 6)
     for each in (2, 9):
-        with monkeypatch.context() as environment:
+        with monkeypatch.context() as environment, mnist.state_restored():  # launch silences the log
             environment.setattr(os, "environ", clean_environment(PET_NNODES=1))
             os.environ.pop("OMP_NUM_THREADS", None)
             assert mnist.launch(str(each), []) == 0
@@ -384,11 +384,12 @@ def test_variables_signals_and_the_log_are_given_back_even_after_a_failure(monke
         assert not log.handlers, "lines would appear twice"
         logging.basicConfig(level=logging.DEBUG)
         logging.disable()
+        logging.warning("a logger remembers that it was silent")
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)
         raise OSError
     after = [signal.getsignal(number) for number in numbers], log.level, log.manager.disable, dict(os.environ)
-    assert after == before and log.handlers == handlers
+    assert after == before and log.handlers == handlers and log.isEnabledFor(logging.WARNING)
 
 
 def test_after_the_program_a_notebook_has_everything_back(small, monkeypatch):
