@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import time
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -367,6 +368,21 @@ def test_only_a_file_system_that_has_no_fsync_is_written_to_without_it(tmp_path,
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_first_reason_why_nothing_is_written_is_told(tmp_path, monkeypatch):
+    """Not that of the cleaning up, which then fails too."""
+
+    def gone(_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def full(_):
+        monkeypatch.setattr(Path, "unlink", gone)
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"cannot write .*file: {os.strerror(errno.EDQUOT)}$"):
+        mnist.write(tmp_path / "file", b"after")
+
+
 def test_a_checkpoint_never_knows_an_epoch_that_the_metrics_lack(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(OSError, match=r"cannot write .*metrics\.jsonl"):
@@ -447,6 +463,18 @@ def test_what_is_no_checkpoint_of_this_program_is_not_loaded(saved, monkeypatch,
     assert not (saved / "sprung").exists()
 
 
+@pytest.mark.parametrize("kind", ["a list", "weights alone", "PyTorch's old format", "another archive"])
+def test_what_is_another_thing_is_passed_over(saved, kind):
+    newest, checkpoint = saved / "checkpoint.pt", mnist.read_checkpoint(saved / "checkpoint.pt")
+    torch.save({"a list": [1, 2, 3], "weights alone": checkpoint["model"]}.get(kind, checkpoint), newest)
+    if kind == "PyTorch's old format":
+        torch.save(checkpoint, newest, _use_new_zipfile_serialization=False)
+    if kind == "another archive":
+        with zipfile.ZipFile(newest, "w") as archive:
+            archive.writestr("letter.txt", "not a checkpoint")
+    assert mnist.load_checkpoint(saved)["progress"]["samples_seen"] == 20
+
+
 def test_a_single_wrong_bit_is_noticed(saved):
     contents = bytearray((saved / "checkpoint.pt").read_bytes())
     contents[len(contents) // 2] ^= 1
@@ -472,7 +500,16 @@ def test_a_checkpoint_that_cannot_be_read_is_an_error_and_stays(saved, monkeypat
 
 @pytest.mark.parametrize(
     "name, then, now",
-    [("batch_size", 20, 10), ("lr", 0.1, 0.5), ("augment", True, False), ("seed", 1, 2)],
+    [
+        ("batch_size", 20, 10),
+        ("lr", 0.1, 0.5),
+        ("gamma", 0.75, 0.6),
+        ("momentum", 0.9, 0.6),
+        ("label_smoothing", 0.1, 0.2),
+        ("augment", True, False),
+        ("seed", 1, 2),
+        ("optimizer", "sgd", "adadelta"),
+    ],
 )
 def test_a_checkpoint_of_other_hyperparameters_is_refused_by_name(saved, name, then, now):
     with pytest.raises(ValueError, match=f"the checkpoint has {name} {then}, but this run has {now}"):

@@ -77,17 +77,20 @@ def test_the_cells_are_the_committed_files_byte_for_byte():
 @pytest.fixture
 def trainer_file(tmp_path, monkeypatch):
     """The trainer as its cells write it, where load_trainer looks for it; and load_trainer."""
+    from mnist import state_restored
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "mnist", raising=False)
-    load = execute("load-the-trainer", re=re, Path=Path, sys=sys)["load_trainer"]
-    file = tmp_path / "mnist.py"
-    for number, name in enumerate(PARTS, 1):
-        with open(file, "a") as opened:
-            opened.write(body(CELLS[name]))
-        assert load(parts=number).__file__ == str(file)
-    assert file.read_bytes() == (ROOT / "mnist.py").read_bytes()
-    return SimpleNamespace(file=file, load=load)
+    monkeypatch.delitem(sys.modules, "mnist")
+    with state_restored():
+        load = execute("load-the-trainer", re=re, Path=Path, sys=sys)["load_trainer"]
+        file = tmp_path / "mnist.py"
+        for number, name in enumerate(PARTS, 1):
+            with open(file, "a") as opened:
+                opened.write(body(CELLS[name]))
+            assert load(parts=number).__file__ == str(file)
+        assert file.read_bytes() == (ROOT / "mnist.py").read_bytes()
+        yield SimpleNamespace(file=file, load=load)
 
 
 @pytest.mark.parametrize("number", range(2, 9))
@@ -605,6 +608,18 @@ def test_the_answers_to_the_exercises_work_one_after_the_other(small):
     assert code == 0, output
 
 
+@pytest.mark.parametrize("able", ["amx_bf16", "avx512_bf16", "arm_bf16", "amx_fp16"])
+def test_the_epoch_in_the_notebook_multiplies_as_the_program_will(able, monkeypatch):
+    """Its rule for bfloat16 stands in the notebook before the part that has it."""
+    import mnist
+
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "amx_int8": False, able: True})
+    (rule,) = re.findall(r"^abilities = .*\nbf16 = .*$", CELLS["make-a-trainer"].source, re.MULTILINE)
+    found = {"accelerated": False, "torch": torch}
+    exec(rule, found)
+    assert found["bf16"] == mnist.choose_bf16(torch.device("cpu"), None, None) == able.endswith("bf16")
+
+
 def test_what_each_addition_is_worth_is_what_the_page_on_hyper_parameters_says():
     page = (ROOT / "docs" / "hyperparameters.md").read_text()
     rows = re.compile(r"^\| (.+?) \| (.\d.+?) \| (.\d.+?) \|$", re.MULTILINE)
@@ -783,7 +798,7 @@ def test_the_map_names_what_the_trainer_has():
 def test_digits_come_first_then_learning_and_nobody_has_to_pass_the_checkpoints_for_it():
     assert any("show(figure" in cell.source for cell in CODE[:3])
     order = [cell.id for cell in CODE]
-    story = ["first-digits", "nearest-mean", "untrained-loss", "one-gradient", "one-step", "ten-lines"]
+    story = ["digits-by-class", "nearest-mean", "untrained-loss", "one-gradient", "one-step", "ten-lines"]
     story += ["first-curve", "draw-a-digit", "parameters", "check-the-parameters", *PARTS[:3]]
     story += ["train-one-epoch", "confident-mistakes", *PARTS[3:], "run-the-trainer", "kill-and-resume"]
     story += ["run-several-processes", "manifest"]

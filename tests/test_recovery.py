@@ -1,6 +1,5 @@
 """What a training survives on one machine: signals, damaged files, full disks, bad numbers."""
 
-import errno
 import json
 import os
 import random
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 
 import psutil
@@ -29,7 +27,7 @@ from rig.faults import (
 from rig.hosts import Process
 from rig.processes import clean_environment, fork, need, skip
 from rig.project import make_small_project
-from rig.training import BATCH, MOMENTS, OPTIONS, TRAIN, fingerprint, results, trainer_of, weights
+from rig.training import BATCH, MOMENTS, OPTIONS, TRAIN, results, trainer_of, weights
 
 IN_TWO = ((), ("--num-processes", 2))  # as a launcher of Training
 
@@ -335,50 +333,6 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(project, output
     assert "named, and the previous one used" in seen
 
 
-class Trap:
-    """What a pickle runs when it is loaded without care."""
-
-    def __reduce__(self):
-        return os.system, ("touch sprung",)
-
-
-def foreign_zip(path):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("letter.txt", "not a checkpoint")
-
-
-def old_format(path):
-    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
-
-
-def of_another_version(path):
-    checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["hyperparameters"]["label_smoothing"]  # a flag that it did not have
-    torch.save(checkpoint, path)
-
-
-FOREIGN = {
-    "an empty file": lambda path: path.write_bytes(b""),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "a zip of another kind": foreign_zip,
-    "a pickle in torch's old format": old_format,
-    "a pickle that runs a program": lambda path: torch.save({"progress": Trap()}, path),
-    "weights alone": lambda path: torch.save(torch.load(path, weights_only=True)["model"], path),
-    "a list": lambda path: torch.save([1, 2, 3], path),
-    "a checkpoint of another version": of_another_version,
-}
-
-
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_what_is_not_a_checkpoint_is_named_and_the_previous_one_used(trainer, output, kind, capfd):
-    previous = fingerprint(torch.load(output / "checkpoint.previous.pt", weights_only=True))
-    FOREIGN[kind](output / "checkpoint.pt")
-    trainer.logging.basicConfig(stream=sys.stdout, force=True)
-    assert fingerprint(trainer.load_checkpoint(output)) == previous
-    assert f"{output / 'checkpoint.pt'} is not a good checkpoint" in capfd.readouterr().out
-    assert not Path("sprung").exists()
-
-
 def test_with_a_damaged_checkpoint_training_goes_on_to_the_same_bits(project, output):
     expected, lines = project.reference(1)
     with open(output / "checkpoint.pt", "r+b") as file:
@@ -399,71 +353,6 @@ def test_with_no_good_checkpoint_left_nothing_is_started_afresh(trainer, output,
         printed = capfd.readouterr().out
         assert printed.count("is not a good checkpoint") == 2
         assert not results(printed)
-
-
-@pytest.mark.parametrize("error", [PermissionError(13, "no"), OSError(116, "stale"), MemoryError("large")])
-def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(trainer, output, monkeypatch, error, capfd):
-    """Root may read anything, so the error is made here."""
-    newest, read = output / "checkpoint.pt", Path.read_bytes
-
-    def read_bytes(path):
-        if path == newest:
-            raise error
-        return read(path)
-
-    before = {path.name: read(path) for path in output.glob("checkpoint*")}
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    message = refusal(trainer, *OPTIONS, "--resume", "--output-dir", output)
-    assert f"cannot read {newest}" in message and str(error.args[-1]) in message
-    assert "not a good checkpoint" not in capfd.readouterr().out
-    assert {path.name: read(path) for path in output.glob("checkpoint*")} == before
-
-
-def test_where_pytorch_loads_nothing_at_all_no_checkpoint_is_called_damaged(
-    trainer, output, monkeypatch, capfd
-):
-    for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
-        monkeypatch.setenv(name, "1")
-    before = {path.name: path.read_bytes() for path in output.glob("checkpoint*")}
-    message = refusal(trainer, *OPTIONS, "--resume", "--output-dir", output)
-    assert "TORCH_FORCE" in message and "not a good checkpoint" not in capfd.readouterr().out
-    assert {path.name: path.read_bytes() for path in output.glob("checkpoint*")} == before
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adadelta"])
-def test_a_checkpoint_of_another_device_continues_as_it_would_there(trainer, optimizer, tmp_path):
-    """A Mac's GPU has weights that lie otherwise in memory. Fused SGD does not look how they lie."""
-
-    def steps(net, number):
-        images, labels = (tensor[:60] for tensor in trainer.load_mnist("datasets")[0])
-        net.begin(net.epoch)
-        for _, _ in zip(net.train(images, labels), range(number), strict=False):
-            pass
-
-    settings = trainer.Hyperparameters(batch_size=20, optimizer=optimizer, augment=False)
-    here = trainer.Trainer(settings)
-    steps(here, 3)
-    trainer.save(here, tmp_path)
-    checkpoint = trainer.load_checkpoint(tmp_path)
-    contiguous = lambda value: value.contiguous() if torch.is_tensor(value) else value  # noqa: E731
-    for part in ("model", "averaged_model"):
-        checkpoint[part] = {name: contiguous(value) for name, value in checkpoint[part].items()}
-    state = checkpoint["optimizer"]["state"]
-    for number in state:
-        state[number] = {name: contiguous(value) for name, value in state[number].items()}
-    there = trainer.Trainer(settings)
-    trainer.resume(there, checkpoint)
-    for net in (here, there):
-        steps(net, 3)
-    assert fingerprint(there.model.state_dict()) == fingerprint(here.model.state_dict())
-
-
-def test_a_checkpoint_of_another_model_is_one_sentence(trainer, output):
-    for path in output.glob("checkpoint*.pt"):
-        checkpoint = torch.load(path, weights_only=True)
-        checkpoint["model"]["fc2.bias"] = torch.zeros(11)
-        torch.save(checkpoint, path)
-    refusal(trainer, *OPTIONS, "--resume", "--output-dir", output)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -493,31 +382,6 @@ def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(project, small
         after = results(printed)
         assert len(before) + len(after) == len(lines) + 5  # those between the last save and the end
         assert weights(training.output) == expected
-
-
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
-def test_a_file_system_without_fsync_is_written_to(trainer, tmp_path, monkeypatch, number):
-    def fsync(_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    trainer.write(tmp_path / "file", b"written")
-    assert (tmp_path / "file").read_bytes() == b"written"
-
-
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
-def test_the_first_reason_why_nothing_is_written_is_told(trainer, tmp_path, monkeypatch, number):
-    def fail(*_, **__):
-        raise OSError(number, os.strerror(number))
-
-    def gone(*_, **__):
-        raise OSError(errno.ESTALE, "Stale file handle")
-
-    (tmp_path / "file").write_bytes(b"before")
-    monkeypatch.setattr(os, "fsync", lambda _: monkeypatch.setattr(Path, "unlink", gone) or fail())
-    with pytest.raises(OSError, match=f"cannot write .*file: {os.strerror(number)}"):
-        trainer.write(tmp_path / "file", b"after")
-    assert (tmp_path / "file").read_bytes() == b"before"
 
 
 def test_memory_that_lacks_in_evaluation_names_its_flag(trainer, tmp_path, monkeypatch):
@@ -617,26 +481,6 @@ def test_a_file_that_is_in_the_way_is_named(trainer, tmp_path):
 
 
 # --- Resumed with something else ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "then", "now"),
-    [
-        ("batch_size", 30, 31),
-        ("optimizer", "sgd", "adadelta"),
-        ("lr", 0.1, 0.5),
-        ("gamma", 0.75, 0.6),
-        ("momentum", 0.9, 0.6),
-        ("label_smoothing", 0.1, 0.2),
-        ("seed", 1, 2),
-    ],
-)
-def test_other_hyperparameters_are_refused_by_name(trainer, output, name, then, now):
-    before = weights(output)
-    option = "--" + name.replace("_", "-")
-    message = refusal(trainer, *OPTIONS, option, now, "--resume", "--output-dir", output)
-    assert all(str(word) in message for word in (name, then, now))
-    assert weights(output) == before
 
 
 @pytest.mark.parametrize(("flags", "precision"), [((), "bfloat16"), (("--no-bf16",), "float32")])
