@@ -38,7 +38,7 @@ from rig.training import (
 
 # Or torchrun's agents would lend the processes their store, in which those that start again find the
 # addresses of the dead (https://github.com/pytorch/pytorch/issues/135712).
-# torchrun waits half a minute, once enough hosts are there, for still more. Here, a shorter one shows the same.
+# Once enough hosts are there, torchrun waits half a minute for still more; 3 seconds show the same.
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1, "PET_RDZV_CONF": "last_call_timeout=3"}
 
 
