@@ -114,12 +114,14 @@ class Images(HTMLParser):
 
 
 def assert_is_a_picture(image):
-    """It has a description, and it is not blank. Returns its pixels."""
+    """It has a description, is not blank, and nothing is cut off. Returns its pixels."""
     assert len(image["alt"]) > 20
     kind, contents = image["src"].split(",", 1)
     assert kind == "data:image/png;base64"
     found = pixels(base64.b64decode(contents))
     assert found.std() > 0.05, image["alt"]
+    for edge in (found[0], found[-1], found[:, 0], found[:, -1]):
+        assert edge.min() > 0.9, f"cut off at an edge: {image['alt']}"
     return found
 
 
