@@ -22,19 +22,8 @@ import torch
 
 from rig.hosts import PyTorchJob
 from rig.operators import PORT
-from rig.processes import Fork, Process
 from rig.project import RAW, make_small_project
-from rig.training import (
-    MOMENTS,
-    TEST,
-    TIMEOUT,
-    TRAIN,
-    Project,
-    fingerprint,
-    results,
-    trainer_of,
-    weights,
-)
+from rig.training import MOMENTS, TEST, TIMEOUT, TRAIN, Project, fingerprint, results, trainer_of, weights
 
 # Or torchrun's agents would lend the processes their store, in which those that start again find the
 # addresses of the dead (https://github.com/pytorch/pytorch/issues/135712).
@@ -49,7 +38,7 @@ def kill_and_resume(project, name, world_size, moment, rng):
     """Kill all processes, or one of them, with -9; resume; compare with the uninterrupted training."""
     expected, lines = project.reference(world_size)
     with project.training(name, world_size) as training:
-        training.start(kind=Process if moment == "start-up" else Fork).reach(moment, rng)
+        training.reach(moment, rng)
         saved = training.saved()
         if world_size > 1 and moment != "start-up" and rng.random() < 0.5:
             rng.choice(training.processes).kill()
@@ -70,7 +59,7 @@ def stop_and_resume(project, name, world_size, moment, rng, number=signal.SIGTER
     """Send SIGTERM to all processes, or to one; resume; compare. Returns the exit codes."""
     expected, lines = project.reference(world_size)
     with project.training(name, world_size) as training:
-        training.start().reach(moment, rng)
+        training.reach(moment, rng)
         began = "- Loss: " in training.processes[0].output
         one = [rng.choice(training.processes)] if began and rng.random() < 0.5 else training.processes
         for process in one:
@@ -177,7 +166,8 @@ def damage_data(project, name, damage, rng):
 
 def lose_worker(project, fault, rng):
     """Lose one worker among three hosts: the others must leave, and say whom they have lost."""
-    options = ("--epochs", 200, "--timeout", TIMEOUT, "--log-interval", 1)
+    timeout = 5
+    options = ("--epochs", 200, "--timeout", timeout, "--log-interval", 1)
     options += ("--output-dir", tempfile.mkdtemp(dir=project.folder))
     with PyTorchJob(project.folder) as job:
         processes = job.fork("mnist.py", *options)
@@ -191,7 +181,7 @@ def lose_worker(project, fault, rng):
             job.hosts[lost].cut()
         elif fault == "stop":
             processes[lost].send_signal(signal.SIGSTOP)
-        limit = time.monotonic() + TIMEOUT + 10
+        limit = time.monotonic() + timeout + 10
         for rank, process in enumerate(processes):
             if rank == lost and fault != "link":
                 continue

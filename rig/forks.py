@@ -12,8 +12,17 @@ import sys
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-# The trainer's imports, and what its optimiser brings in. None starts a thread, which a fork would lack.
-FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.run", "filelock"])
+
+
+def preload(*more):
+    """Let forks have the trainer's imports, what its optimiser brings in, and more, from the first fork on.
+
+    None may start a thread, which a fork would lack.
+    """
+    FORKS.set_forkserver_preload(["torch._dynamo", "torch.distributed.run", "filelock", *more])
+
+
+preload()
 
 
 def enter(host):

@@ -23,7 +23,9 @@ from rig.processes import clean_environment, need
 
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 # Slurm believes what it is told about them. The GPUs are a pretence: it only counts their files.
-NODES = dict.fromkeys(("node1", "node2", "node3"), "CPUs=1") | dict.fromkeys(("wide1", "wide2"), "CPUs=2")
+NODES = dict.fromkeys(("node1", "node2", "node3", "node4"), "CPUs=1") | dict.fromkeys(
+    ("wide1", "wide2"), "CPUs=2"
+)
 NODES["gpu1"] = "CPUs=2 Gres=gpu:2"
 CONFIGURATION = """\
 ClusterName=test
@@ -56,7 +58,7 @@ SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=node[1-3] Default=YES
+PartitionName=main Nodes=node[1-4] Default=YES
 PartitionName=wide Nodes=wide[1-2] GraceTime=20
 PartitionName=urgent Nodes=wide[1-2] PriorityTier=2
 PartitionName=crowded Nodes=wide[1-2] OverSubscribe=FORCE:2

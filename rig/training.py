@@ -69,14 +69,11 @@ def trainer_of(project):
 
 
 class Training:
-    """A training by `world_size` processes of this machine, interrupted and taken up again.
+    """A training by `world_size` processes of this machine, interrupted and taken up again."""
 
-    A `launcher`, such as `--num-processes 2`, starts the processes itself.
-    """
-
-    def __init__(self, project, output, world_size=1, launcher=(), options=OPTIONS):
+    def __init__(self, project, output, world_size=1, options=OPTIONS):
         self.project, self.output, self.world_size = Path(project), Path(output), world_size
-        self.launcher, self.options = launcher, options
+        self.options = options
         self.steps = math.ceil(TRAIN / BATCH / world_size)  # in an epoch
         self.processes, self.logs = [], []
 
@@ -86,21 +83,23 @@ class Training:
     def __exit__(self, *_):
         self.kill()
 
-    def start(self, *more, kind=Process):
-        """Start all processes; `more` adds to the command line."""
-        before, after = self.launcher if self.launcher else ((), ())
-        python = () if kind is Fork else (sys.executable, *before)
-        command = [*python, "mnist.py", *after, *self.options, "--output-dir", self.output]
+    def start(self, *more, kind=Process, launcher=None):
+        """Start all processes, or a launcher that does; `more` adds to the command line."""
+        python = () if kind is Fork else (sys.executable,)
+        command = [*python, *(launcher or ["mnist.py"]), *self.options, "--output-dir", self.output, *more]
         meeting = {"WORLD_SIZE": self.world_size, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
         attempt, self.processes = len(self.logs), []
-        for rank in range(1 if self.launcher else self.world_size):
-            in_job = {"RANK": rank, **meeting} if self.world_size > 1 and not self.launcher else {}
+        for rank in range(1 if launcher else self.world_size):
+            in_job = {"RANK": rank, **meeting} if self.world_size > 1 and not launcher else {}
             log = f"{self.output}.{attempt}.{rank}.log"
             environment = clean_environment(OMP_NUM_THREADS=1, **in_job)
-            process = kind([*command, *more], log, cwd=self.project, env=environment)
-            self.processes.append(process)
+            self.processes.append(kind(command, log, cwd=self.project, env=environment))
         self.logs.append(self.processes[0].log)
         return self
+
+    def launch(self, launcher, *more):
+        """Let a Python program, such as `mnist.py --num-processes 2`, start the processes. Returns it."""
+        return self.start(*more, kind=Fork, launcher=launcher).processes[0]
 
     def fork(self, *more):
         """Start all, sooner: they are no programs of their own."""
@@ -113,7 +112,7 @@ class Training:
 
     def complete(self, *more):
         """Run, from the start or where a checkpoint is, to the end of the last epoch."""
-        self.start("--resume", *more, kind=Process if self.launcher else Fork)
+        self.fork("--resume", *more)
         codes = self.end()
         assert codes == [0] * len(codes), f"exit codes {codes}:\n{self.printed}"
         return self
@@ -133,16 +132,16 @@ class Training:
         return any(self.output.glob("checkpoint*.pt"))
 
     def reach(self, moment, rng):
-        """Wait for a random instant of one of MOMENTS. Returns whether training still runs then."""
-        first = self.processes[0]
-        done = len(results("".join(log.read_text() for log in self.logs[:-1])))
-        assert not done, "aim only at a first attempt: a later one prints fewer lines"
+        """Start, and wait for a random instant of one of MOMENTS."""
+        assert not self.logs, "aim only at a first attempt: a later one prints fewer lines"
+        early = moment == "start-up" and rng.random() < 0.5  # while Python loads PyTorch
+        first = self.start(kind=Process if early else Fork).processes[0]
 
         def trained(steps):
             return lambda: first.output.count("- Loss: ") >= steps
 
         if moment == "start-up":
-            if rng.random() < 0.5:
+            if not early:
                 first.until("Started ")
             time.sleep(rng.uniform(0, 2))
         elif moment == "training":
@@ -156,7 +155,6 @@ class Training:
             first.until(trained((rng.randint(1, EPOCHS) - 1) * self.steps + step - 1), pause=0)
             first.until((self.output / "checkpoint.pt.tmp").exists, pause=0)
             time.sleep(rng.uniform(0, 0.03))
-        return first.poll() is None
 
 
 class Project:
@@ -165,16 +163,14 @@ class Project:
     def __init__(self, folder):
         self.folder, self.uninterrupted = Path(folder), {}
 
-    def training(self, name, world_size=1, **how):
-        return Training(self.folder, self.folder / name, world_size, **how)
+    def training(self, name, world_size=1, options=OPTIONS):
+        return Training(self.folder, self.folder / name, world_size, options)
 
     def reference(self, world_size):
         """Return (weights, result lines) of a training by so many processes that nobody interrupted."""
         if world_size not in self.uninterrupted:
             with self.training(f"uninterrupted-{world_size}", world_size) as training:
                 training.complete()
-                self.uninterrupted[world_size] = (
-                    weights(training.output),
-                    results(training.processes[0].output),
-                )
+                lines = results(training.processes[0].output)
+                self.uninterrupted[world_size] = weights(training.output), lines
         return self.uninterrupted[world_size]

@@ -20,11 +20,9 @@ from rig.project import ROOT
 
 def test_contenders_run_and_leave_all_figures(tmp_path):
     names = ["ours", "pytorch_example", "older_tutorial"]
-    code, output = run(
-        ROOT,
-        *("benchmarks/bench.py", "--images", 256, "--epochs", 1, "--rounds", 1, "--cap", 0),
-        *("--threads", 1, "--results", tmp_path / "results.json", "--only", *names),
-    )
+    flags = ("--images", 256, "--epochs", 1, "--rounds", 1, "--cap", 0, "--threads", 1)
+    few = ("--results", tmp_path / "results.json", "--only", *names)
+    code, output = run(ROOT, "benchmarks/bench.py", *flags, *few)
     assert code == 0, output
     results = json.loads((tmp_path / "results.json").read_text())
     assert [seen["contender"] for seen in results["runs"]] == names
@@ -90,18 +88,9 @@ def test_a_peers_first_epoch_begins_when_it_is_ready_and_that_of_mnist_when_it_p
 
 
 def some_results(*contenders, runs):
-    return {
-        "date": "2026-01-31",
-        "cpu": "a processor",
-        "python": "3.11.7",
-        "packages": {"torch": "2.15.0", "flax": None},
-        "contenders": list(contenders),
-        "threads": 2,
-        "images": 60_000,
-        "rounds": 2,
-        "cap": 6,
-        "runs": runs,
-    }
+    about = {"date": "2026-01-31", "cpu": "a processor", "python": "3.11.7"}
+    about |= {"packages": {"torch": "2.15.0", "flax": None}, "threads": 2, "images": 60_000}
+    return about | {"rounds": 2, "cap": 6, "contenders": list(contenders), "runs": runs}
 
 
 def some_run(contender, number, *seconds_and_accuracies):
@@ -153,9 +142,10 @@ def test_the_page_changes_between_the_markers_only(results, tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    "page", ["none", "<!-- a --> only", "<!-- /a --><!-- a -->", "<!-- a --><!-- a --><!-- /a -->"]
-)
+UNPAIRED = ["none", "<!-- a --> only", "<!-- /a --><!-- a -->", "<!-- a --><!-- a --><!-- /a -->"]
+
+
+@pytest.mark.parametrize("page", UNPAIRED)
 def test_a_page_whose_markers_are_not_a_pair_is_refused(page):
     with pytest.raises(ValueError, match="once each, in this order"):
         replace_between(page, "a", "text")

@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from http.server import SimpleHTTPRequestHandler
@@ -16,8 +15,7 @@ import torch
 from torchvision.datasets import MNIST
 
 import mnist
-from rig.hosts import Process
-from rig.processes import clean_environment, fork, need, run, serving
+from rig.processes import Fork, clean_environment, fork, need, serving
 from rig.project import RAW, ROOT
 
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
@@ -293,7 +291,7 @@ def test_who_finds_that_another_host_was_faster_takes_what_is_there(tmp_path, mi
 
 
 def test_a_download_that_fails_is_one_line_with_what_to_do(tmp_path):
-    code, log = run(tmp_path, ROOT / "mnist.py", "--data-dir", "nowhere", **NO_NETWORK)
+    code, log = fork(tmp_path, ROOT / "mnist.py", "--data-dir", "nowhere", **NO_NETWORK)
     assert code == 1 and len(log.splitlines()) == 3, log
     assert log.splitlines()[-1].startswith("mnist.py: cannot download MNIST")
     assert "put its four .gz files in nowhere/MNIST/raw" in log
@@ -332,11 +330,12 @@ mnist.main()
 def test_a_signal_in_the_download_leaves_nothing(tmp_path, number):
     with serving(Silent) as address:
         log = tmp_path / "log"
-        command = [sys.executable, "-c", WITH_MIRROR, f"{address}/", "--data-dir", "data"]
-        environment = clean_environment(PYTHONPATH=ROOT, no_proxy="127.0.0.1")
-        with Process(command, log, cwd=tmp_path, env=environment) as process:
-            assert process.until(lambda: list(tmp_path.glob("data/MNIST/*/MNIST")))
-            process.send_signal(number)
-            code, printed = process.end(10)
+        shutil.copy(ROOT / "mnist.py", tmp_path)
+        (tmp_path / "program.py").write_text(WITH_MIRROR)
+        command = ["program.py", f"{address}/", "--data-dir", "data"]
+        process = Fork(command, log, tmp_path, clean_environment(no_proxy="127.0.0.1"))
+        assert process.until(lambda: list(tmp_path.glob("data/MNIST/*/MNIST")))
+        process.send_signal(number)
+        code, printed = process.end(10)
     assert code == 1 and printed.splitlines()[-1] == "mnist.py: KeyboardInterrupt"
     assert not list((tmp_path / "data/MNIST").iterdir())

@@ -6,47 +6,51 @@ import shutil
 import pytest
 import torch
 
-from rig.processes import need, run
+from rig.processes import fork, need, run
 from rig.project import ROOT
 
-ON_A_CPU = ("benchmarks/gpu.py", "--device", "cpu", "--images", 1000, "--only")
+PROGRAM = "benchmarks/gpu.py"
+ON_A_CPU = ("--device", "cpu", "--images", 1000)
 # bf16 is float32 with a flag, kills is sigterm with another signal, and test_benchmarks.py runs the peers.
-CHECKS = ("float32", "sigterm", "devices", "model", "processes", "nccl", "waits", "speed")
-
-
-def rows(folder, output):
-    """Return the rows in gpu.json by their check, after comparing them with the printed table."""
-    found = json.loads((folder / "gpu.json").read_text())["checks"]
-    for row in found:
-        assert f"| {' | '.join(map(str, row.values()))} |\n" in output
-    return {row["check"]: row for row in found}
+# devices resumes twice, as sigterm does once: what it adds needs a GPU.
+NEEDS = {"float32": "all images", "nccl": "two GPUs"}
+NEEDS |= dict.fromkeys(("model", "processes", "waits", "speed"), "a GPU")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_said_in_a_sentence():
-    code, output = run(ROOT, "benchmarks/gpu.py")
+    code, output = fork(ROOT, ROOT / PROGRAM)
     sentence = "PyTorch finds no NVIDIA GPU here: --device cpu tries what can be tried without one"
     assert (code, output) == (1, f"gpu.py: {sentence}\n")
 
 
-def test_a_cpu_holds_what_it_can_and_leaves_the_rest_to_a_gpu(tmp_path):
+@pytest.mark.parametrize("check", NEEDS)
+def test_a_cpu_tries_what_it_can_and_leaves_the_rest_to_a_gpu(small, check):
+    code, output = fork(small, ROOT / PROGRAM, *ON_A_CPU, "--check", check, OMP_NUM_THREADS=1)
+    assert code == 1 and output.splitlines()[-1].startswith(f"not tried: needs {NEEDS[check]}"), output
+
+
+def tried(project, folder, *checks):
+    """Run a project's gpu.py. Returns its exit code, what it prints, and the rows in gpu.json by check."""
     need("timeout", "coreutils")
-    code, output = run(ROOT, *ON_A_CPU, *CHECKS, timeout=600, TMPDIR=tmp_path, OMP_NUM_THREADS=1)
+    program = (PROGRAM, *ON_A_CPU, "--only", *checks)
+    code, output = run(project, *program, TMPDIR=folder, OMP_NUM_THREADS=1)
+    rows = json.loads((folder / "gpu.json").read_text())["checks"]
+    assert all(f"| {' | '.join(map(str, row.values()))} |\n" in output for row in rows)
+    return code, output, {row["check"]: row for row in rows}
+
+
+def test_what_holds_is_said(tmp_path):
+    code, output, checks = tried(ROOT, tmp_path, "sigterm")
     assert code == 0, output
-    checks = rows(tmp_path, output)
-    assert {name: row["seen"][:9] for name, row in checks.items() if row["state"] == "not tried"} == {
-        "float32": "needs all",
-        **dict.fromkeys(("devices", "model", "processes", "waits", "speed"), "needs a G"),
-        "nccl": "needs two",
-    }
-    assert tuple(checks) == CHECKS and checks["sigterm"]["state"] == "held"
+    assert checks["sigterm"]["state"] == "held"
     assert checks["sigterm"]["seen"].startswith("the same bits, interrupted after ")
 
 
 @pytest.fixture
 def broken(tmp_path):
     """A copy of the project whose trainer forgets its momentum and learning rate when it resumes."""
-    for path in ("benchmarks/gpu.py", "rig/__init__.py", "rig/project.py"):
+    for path in (PROGRAM, "rig/__init__.py", "rig/project.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     (tmp_path / "datasets").symlink_to(ROOT / "datasets")
@@ -57,11 +61,8 @@ def broken(tmp_path):
 
 
 def test_what_fails_is_named_and_hides_nothing(broken):
-    need("timeout", "coreutils")
-    command = (*ON_A_CPU, "sigterm", "nccl")
-    code, output = run(broken, *command, TMPDIR=broken, OMP_NUM_THREADS=1)
+    code, output, checks = tried(broken, broken, "sigterm", "nccl")
     assert code == 1, output
-    checks = rows(broken, output)
     assert {name: row["state"] for name, row in checks.items()} == {"sigterm": "failed", "nccl": "not tried"}
     assert checks["sigterm"]["seen"].startswith("Tensor-likes are not equal!")
     assert "\nsigterm: Traceback" in output

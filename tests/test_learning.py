@@ -144,6 +144,15 @@ def test_evaluation_gives_the_figures_of_all_images_at_once(digits, batch_size):
     )
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_evaluation_takes_every_sample_once_whatever_the_number_of_processes(digits, world_size):
+    model = mnist.Net()
+    loss, correct = mnist.test(model, *digits)
+    parts = [mnist.test(model, *digits, 4, Place("", rank, world_size)) for rank in range(world_size)]
+    assert sum(part for part, _ in parts) == pytest.approx(loss, rel=1e-4)
+    assert sum(part for _, part in parts) == correct
+
+
 def test_a_test_in_between_does_not_change_what_is_learned(digits):
     one, other = new_trainer(), new_trainer()
     for epoch in (1, 2):

@@ -21,63 +21,45 @@ def test_who_loses_a_worker_leaves_in_time_and_names_the_place_where_they_met(pr
     lose_worker(project, fault, random.Random(fault))
 
 
-@pytest.mark.parametrize("missing", ["name", "host", "trainer"])
-def test_a_master_that_never_appears_is_named(project, missing):
-    with PyTorchJob(project.folder) as job:
-        master, worker, _ = job.hosts
-        if missing == "name":
-            worker.know([worker])
-        elif missing == "host":
-            master.cut()
-        process = worker.fork(project.folder, "mnist.py", "--timeout", 1, OMP_NUM_THREADS=1)
-        time.sleep(5)
-        assert process.poll() is None  # it has patience: masters may come later
-        # Python's start, and 10 x --timeout. Should that end a moment early, PyTorch pauses and tries again.
-        code, printed = process.end(10 + 10 + 30 + 10)
-    assert code == 1
-    assert f"mnist.py: rank 1 of 3 (meeting at {master.name}:23456)" in printed
-    assert "Traceback" not in printed
-
-
-def test_a_worker_that_never_appears_is_missed(project):
-    with PyTorchJob(project.folder) as job:
-        master, worker, _ = job.hosts
+def test_whoever_never_appears_is_missed_with_the_place_where_they_were_to_meet(project):
+    """No master: its name is unknown, no link goes there, or it runs no trainer. And no second worker."""
+    with PyTorchJob(project.folder, workers=3) as headless, PyTorchJob(project.folder) as incomplete:
+        _, nameless, cut_off, alone = headless.hosts
+        nameless.know([nameless])
+        cut_off.cut()
+        master, worker, _ = incomplete.hosts
         processes = [host.fork(project.folder, "mnist.py", "--timeout", 1, OMP_NUM_THREADS=1)
-                     for host in (master, worker)]  # fmt: skip
-        codes, printed = end(processes, 10 + 10 + 10)
-    assert codes == [1, 1]
-    for rank, text in enumerate(printed):
-        assert f"mnist.py: rank {rank} of 3 (meeting at {master.name}:23456)" in text
+                     for host in (nameless, cut_off, alone, master, worker)]  # fmt: skip
+        time.sleep(5)
+        assert all(process.poll() is None for process in processes)  # they have patience
+        # 10 x --timeout. Should that end a moment early, PyTorch pauses and tries again.
+        codes, printed = end(processes, 10 + 30 + 10)
+    assert codes == [1] * 5
+    places = [(rank, 4, headless) for rank in (1, 2, 3)] + [(rank, 3, incomplete) for rank in (0, 1)]
+    for (rank, world_size, job), text in zip(places, printed, strict=True):
+        place = f"{job.hosts[0].name}:23456"
+        assert f"mnist.py: rank {rank} of {world_size} (meeting at {place})" in text
+        assert text.count(f"Waiting for {world_size - 1} other processes at {place}") == 1
         assert "Traceback" not in text
-        assert text.count(f"Waiting for 2 other processes at {master.name}:23456") == 1
-    assert "2/3" in printed[0]  # who has come
+    assert "2/3" in printed[3]  # who has come
 
 
-def test_a_master_whose_name_and_host_come_late_is_waited_for(project, tmp_path):
-    options = ("mnist.py", "--epochs", 1, "--timeout", 10, "--output-dir", tmp_path)
-    with PyTorchJob(project.folder) as job:
-        master, *workers = job.hosts
-        for worker in workers:
-            worker.know([worker])
-        processes = [worker.fork(project.folder, *options, OMP_NUM_THREADS=1) for worker in workers]
-        time.sleep(12)
-        assert all(process.poll() is None for process in processes)
-        for worker in workers:
-            worker.know(job.hosts)
-        processes.insert(0, master.fork(project.folder, *options, OMP_NUM_THREADS=1))
-        codes, printed = end(processes)
-    assert codes == [0, 0, 0], printed
-    assert f"/{TEST} (" in printed[0]
-
-
-def test_a_worker_that_comes_late_is_waited_for_by_all(project, tmp_path):
+def test_a_master_and_a_worker_that_come_late_are_waited_for_beyond_the_time_limit(project, tmp_path):
+    """The master's name comes late, too."""
     options = ("mnist.py", "--epochs", 1, "--timeout", 5, "--output-dir", tmp_path)
     with PyTorchJob(project.folder) as job:
-        *early, late = job.hosts
-        processes = [host.fork(project.folder, *options, OMP_NUM_THREADS=1) for host in early]
-        assert processes[0].until("Started ")
-        time.sleep(15)
-        assert all(process.poll() is None for process in processes)
+        processes = []
+
+        def start(host):
+            processes.insert(0, host.fork(project.folder, *options, OMP_NUM_THREADS=1))
+            time.sleep(8)
+            assert all(process.poll() is None for process in processes)
+
+        master, early, late = job.hosts
+        early.know([early])
+        start(early)
+        early.know(job.hosts)
+        start(master)
         processes.append(late.fork(project.folder, *options, OMP_NUM_THREADS=1))
         codes, printed = end(processes)
     assert codes == [0, 0, 0], printed

@@ -24,7 +24,7 @@ from rig.manifests import (
     read_by_katib,
     trial,
 )
-from rig.processes import need, run
+from rig.processes import fork, need
 from rig.replay import dockerfile
 
 FILES = [JOB, *sorted(KUBERNETES.glob("*.yaml"))]
@@ -234,8 +234,8 @@ def test_a_mistake_is_found(path, old, new, said, tmp_path):
 
 
 def test_katib_reads_each_epoch_s_loss_and_accuracy_and_nothing_else(small):
-    code, log = run(small, "mnist.py", "--epochs", "1", "--log-interval", "1")
-    code_again, log_again = run(small, "mnist.py", "--epochs", "3", "--log-interval", "1", "--resume")
+    code, log = fork(small, "mnist.py", "--epochs", "1", "--log-interval", "1")
+    code_again, log_again = fork(small, "mnist.py", "--epochs", "3", "--log-interval", "1", "--resume")
     assert (code, code_again) == (0, 0), log + log_again
     epochs = [json.loads(line) for line in (small / "output" / "metrics.jsonl").read_text().splitlines()]
     assert len(epochs) == 3

@@ -1,6 +1,5 @@
 """What a training survives on one machine: signals, damaged files, full disks, bad numbers."""
 
-import json
 import os
 import random
 import re
@@ -15,21 +14,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.distributed.run
 
-from rig.faults import (
-    DAMAGES,
-    REGIONS,
-    damage_checkpoint,
-    damage_data,
-    kill_and_resume,
-    stop_and_resume,
-)
-from rig.hosts import Process
-from rig.processes import clean_environment, fork, need, skip
+from rig.faults import DAMAGES, REGIONS, damage_checkpoint, damage_data, kill_and_resume, stop_and_resume
+from rig.processes import Process, clean_environment, fork, need, skip
 from rig.project import make_small_project
-from rig.training import BATCH, MOMENTS, OPTIONS, TRAIN, results, trainer_of, weights
+from rig.training import OPTIONS, TRAIN, results, trainer_of, weights
 
-IN_TWO = ((), ("--num-processes", 2))  # as a launcher of Training
+# As a launcher of Training:
+IN_TWO = ("mnist.py", "--num-processes", 2)
+TORCHRUN = (torch.distributed.run.__file__, "--standalone", "--nproc-per-node", 2, "mnist.py")
 
 
 @pytest.fixture
@@ -79,7 +73,7 @@ def refusal(trainer, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "moment"), [*((1, moment) for moment in MOMENTS), (3, "training"), (3, "saving")]
+    ("world_size", "moment"), [(1, "start-up"), (1, "saving"), (3, "training"), (3, "evaluation")]
 )
 def test_killed_at_any_instant_and_resumed_ends_with_the_same_bits(project, world_size, moment):
     kill_and_resume(project, f"kill-{world_size}-{moment}", world_size, moment, random.Random(moment))
@@ -106,10 +100,8 @@ def test_killed_again_and_again_loses_no_checkpoint(project):
 @pytest.mark.parametrize(
     ("world_size", "moment", "number"),
     [
-        (1, "training", signal.SIGTERM),
-        (1, "evaluation", signal.SIGTERM),
-        (1, "saving", signal.SIGTERM),
         (1, "training", signal.SIGINT),
+        (1, "saving", signal.SIGTERM),
         (3, "training", signal.SIGTERM),
         (3, "evaluation", signal.SIGTERM),
     ],
@@ -123,8 +115,7 @@ def test_a_signal_is_obeyed_within_20_s_and_no_step_is_lost(project, world_size,
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_process_that_still_waits_for_the_others(project, number):
     with project.training(f"before-{number}", world_size=3) as training:
-        training.start()
-        master, *workers = training.processes
+        master, *workers = training.fork().processes
         for worker in workers:
             worker.kill()
         assert master.until("Started ")  # and now it waits for workers that never come
@@ -164,162 +155,128 @@ def test_a_signal_while_python_still_loads_torch_ends_it_at_once(project):
         assert process.end(5) == (-signal.SIGTERM, "")
 
 
+def test_a_signal_after_the_last_line_changes_nothing(project):
+    expected, lines = project.reference(2)
+    with project.training("last", 2) as training:
+        processes = training.start().processes
+        assert end_under_signals(processes, lines) == [0, 0], training.printed
+    assert results(processes[0].output) == lines
+    assert weights(training.output) == expected
+
+
+def test_neither_a_terminal_that_hangs_up_nor_a_late_signal_ends_what_nohup_started(project):
+    need("nohup", "coreutils")
+    expected, lines = project.reference(2)
+    output = project.folder / "nohup"
+    command = ["nohup", sys.executable, *IN_TWO, *OPTIONS, "--output-dir", output]
+    environment = clean_environment(OMP_NUM_THREADS=1)
+    with Process(command, project.folder / "nohup.log", cwd=project.folder, env=environment) as nohup:
+        try:
+            assert nohup.until(lambda: nohup.output.count("- Loss: ") > 2)
+            os.killpg(nohup.pid, signal.SIGHUP)  # as the kernel does to all that a terminal has started
+            assert end_under_signals([nohup], lines) == [0], nohup.output
+        finally:
+            nohup.kill_all()
+    assert results(nohup.output) == lines
+    assert weights(output) == expected
+
+
+def end_under_signals(processes, lines):
+    """Send SIGTERM from the moment at which the last of the lines is there. Returns the exit codes."""
+    assert processes[0].until(lambda: len(results(processes[0].output)) == len(lines))
+    while any(process.poll() is None for process in processes):
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    return [process.poll() for process in processes]
+
+
+# --- A launcher and its processes ---------------------------------------------------------------
+
+
+def leave(processes, timeout):
+    """Return whether all leave in time. Who has no parent any more may stay as a zombie for a while."""
+
+    def at_work(process):
+        try:
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    limit = time.monotonic() + timeout
+    while any(at_work(process) for process in processes) and time.monotonic() < limit:
+        time.sleep(0.05)
+    return not any(at_work(process) for process in processes)
+
+
 def test_a_launcher_that_is_asked_to_stop_before_training_begins_leaves_with_its_processes(project):
-    with project.training("launching", 2, launcher=IN_TWO) as training:
-        launcher = training.start().processes[0]
+    with project.training("launching", 2) as training:
+        launcher = training.launch(IN_TWO)
         assert launcher.until(lambda: len(launcher.family()) > 2)
         time.sleep(0.5)  # torchrun does not yet know a process that it is just starting
         family = launcher.family()
         launcher.send_signal(signal.SIGTERM)
         assert training.end(20) == [1]  # not 143: nobody has saved
         assert "Traceback" not in training.printed and not training.saved()
-        assert not psutil.wait_procs(family, timeout=10)[1]
+        assert leave(family, 10)
 
 
-FAILS_TO_SAVE = """
-import mnist, os, sys
-write = mnist.write
-def fail(path, *more, **how):
-    if path.name == "checkpoint.pt":
-        raise OSError(f"cannot write {path}: no")
-    write(path, *more, **how)
-mnist.write = fail
-mnist.__file__ = __file__
-mnist.main()
-"""
+ONLY_ON_LINUX = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells a process that its parent died"
+)
 
 
-def test_a_launcher_whose_process_fails_to_save_does_not_say_that_all_is_saved(project):
-    (project.folder / "fails.py").write_text(FAILS_TO_SAVE)
-    options = ("fails.py", "--num-processes", 2, *OPTIONS, "--checkpoint-interval", 999)
-    output = project.folder / "fails"
-    command = [sys.executable, *options, "--output-dir", output]
-    environment = clean_environment(OMP_NUM_THREADS=1)
-    with Process(command, project.folder / "fails.log", cwd=project.folder, env=environment) as launcher:
-        assert launcher.until(lambda: launcher.output.count("- Loss: ") > 2)
-        launcher.send_signal(signal.SIGTERM)
-        code, printed = launcher.end(20)
-    assert code == 1 and "checkpoint.pt: no" in printed, printed
-
-
-@pytest.mark.parametrize(("world_size", "launcher"), [(1, ()), (2, IN_TWO), (3, ())])
-def test_a_signal_after_the_last_line_changes_nothing(project, world_size, launcher):
-    expected, lines = project.reference(world_size)
-    name = f"last-{world_size}"
-    with project.training(name, world_size, launcher=launcher) as training:
-        training.start()
-        assert training.processes[0].until(lambda: len(results(training.processes[0].output)) == len(lines))
-        for process in training.processes:
-            process.send_signal(signal.SIGTERM)
-        while any(process.poll() is None for process in training.processes):
-            time.sleep(0.02)
-            for process in training.processes:
-                process.send_signal(signal.SIGTERM)
-        assert set(training.end(20)) == {0}, training.printed
-    assert results(training.processes[0].output) == lines
-    assert weights(training.output) == expected
-
-
-def test_a_terminal_that_hangs_up_does_not_end_what_nohup_started(project):
-    need("nohup", "coreutils")
+@ONLY_ON_LINUX
+def test_launchers_pass_a_signal_on_take_over_from_each_other_and_leave_no_orphans(project):
     expected, lines = project.reference(2)
-    output = project.folder / "nohup"
-    command = ["nohup", sys.executable, "mnist.py", *IN_TWO[1], *OPTIONS, "--output-dir", output]
-    environment = clean_environment(OMP_NUM_THREADS=1)
-    with Process(command, project.folder / "nohup.log", cwd=project.folder, env=environment) as nohup:
-        try:
-            assert nohup.until(lambda: nohup.output.count("- Loss: ") > 2)
-            os.killpg(nohup.pid, signal.SIGHUP)  # as the kernel does to all that a terminal has started
-            code, printed = nohup.end(120)
-        finally:
-            nohup.kill_all()
-    assert code == 0, printed
-    assert results(printed) == lines
-    assert weights(output) == expected
-
-
-def test_launchers_pass_a_signal_on_and_take_over_from_each_other(project):
-    expected, lines = project.reference(2)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    with project.training("launched", 2, launcher=IN_TWO) as training:
-        training.start().processes[0].until(lambda: training.printed.count("- Loss: ") > 10)
-        training.processes[0].send_signal(signal.SIGTERM)
-        assert training.end(20) == [143], training.printed
-        first = results(training.printed)
-        training.launcher = (torchrun, ())
-        training.start("--resume").processes[0].until(lambda: training.printed.count("- Loss: ") > 10)
-        training.processes[0].send_signal(signal.SIGTERM)
-        assert training.end(20) != [0], training.printed
-        assert "Stopped by a signal" in training.printed
-        second = results(training.printed)
+    seen = []
+    with project.training("launched", 2) as training:
+        for launcher, number, codes in (
+            (IN_TWO, signal.SIGTERM, [143]),
+            (TORCHRUN, signal.SIGKILL, [-signal.SIGKILL]),
+        ):
+            process = training.launch(launcher, "--resume")
+            assert process.until(lambda: training.printed.count("- Loss: ") > 6)
+            family = process.family()
+            process.send_signal(number)
+            assert training.end(20) == codes, training.printed
+            assert leave(family, 20), f"still at work:\n{training.printed}"
+            assert "Stopped by a signal" in training.printed
+            seen += results(training.printed)
         training.complete()
-        assert first + second + results(training.printed) == lines
+        assert seen + results(training.processes[0].output) == lines
         assert weights(training.output) == expected
 
 
-def test_a_local_process_that_dies_takes_the_others_along(project):
-    with project.training("dies", 2, launcher=IN_TWO) as training:
-        training.start().processes[0].until("- Loss: ")
-        family = training.processes[0].family()
-        family[-1].kill()
-        assert training.end(20) == [1], training.printed
-        assert not any(process.is_running() for process in family)
-        assert "Traceback" not in training.printed
-
-
-def test_local_processes_that_are_all_killed_are_named_with_the_signal(project):
-    with project.training("killed", 2, launcher=IN_TWO) as training:
-        training.start().processes[0].until("- Loss: ")
-        stopped = training.processes[0].family()[1:]
-        for act in (psutil.Process.suspend, psutil.Process.kill):  # so that none sees another die
-            for process in stopped:
-                act(process)
-        assert training.end(20) == [1], training.printed
-        said = [line for line in training.printed.splitlines() if line.startswith("mnist.py: ")]
-        assert len(said) == 1 and re.search(r"process [01] was ended by SIGKILL .*memory", said[0])
-        assert "Traceback" not in training.printed
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+@ONLY_ON_LINUX
 def test_processes_whose_launcher_dies_before_they_listen_leave_at_once(project):
-    with project.training("early orphans", 2, launcher=IN_TWO) as training:
-        launcher = training.start().processes[0]
+    with project.training("early orphans", 2) as training:
+        launcher = training.launch(IN_TWO)
         assert launcher.until(lambda: len(launcher.family()) > 2)
         orphans = launcher.family()[1:]
         launcher.kill()
-        limit = time.monotonic() + 30  # of which most is the import of PyTorch
-        while any(is_at_work(process) for process in orphans):
-            assert time.monotonic() < limit, f"still at work:\n{launcher.output}"
-            time.sleep(0.05)
+        assert leave(orphans, 30), f"still at work:\n{launcher.output}"  # most is the import of PyTorch
         said = launcher.output.splitlines()
         assert said == ["mnist.py: the process that has started this one is gone"] * len(said), said
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
-def test_processes_whose_launcher_is_killed_save_and_leave(project):
-    expected, lines = project.reference(2)
-    with project.training("orphans", 2, launcher=IN_TWO) as training:
-        launcher = training.start().processes[0]
-        assert launcher.until(lambda: launcher.output.count("- Loss: ") > 5)
-        orphans = launcher.family()[1:]
-        launcher.kill()
-        limit = time.monotonic() + 20
-        while any(is_at_work(process) for process in orphans):
-            assert time.monotonic() < limit, f"still at work:\n{launcher.output}"
-            time.sleep(0.05)
-        assert "Stopped by a signal" in launcher.output and training.saved()
-        before = results(launcher.output)
-        training.complete()
-        assert before + results(training.printed) == lines
-        assert weights(training.output) == expected
-
-
-def is_at_work(process):
-    """Tell whether a process still runs: who has no parent may stay as a zombie for a while."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+@pytest.mark.parametrize("killed", ["one", "all"])
+def test_local_processes_that_are_killed_take_the_others_along_and_are_named(project, killed):
+    with project.training(f"killed-{killed}", 2) as training:
+        launcher = training.launch(IN_TWO)
+        assert launcher.until("- Loss: ")
+        processes = launcher.family()[1:]
+        if killed == "all":
+            for process in processes:
+                process.suspend()  # so that none sees another die
+        for process in processes if killed == "all" else processes[-1:]:
+            process.kill()
+        assert training.end(20) == [1], training.printed
+        assert leave(processes, 0), "some are still at work"
+        said = [line for line in training.printed.splitlines() if line.startswith("mnist.py: ")]
+        assert re.search(r"process [01] was ended by SIGKILL .*memory", said[-1])
+        assert len(said) == 1 or killed == "one", said
+        assert "Traceback" not in training.printed
 
 
 # --- Damaged checkpoints ------------------------------------------------------------------------
@@ -355,10 +312,10 @@ def test_with_no_good_checkpoint_left_nothing_is_started_afresh(trainer, output,
         assert not results(printed)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_data_is_named_and_not_trained_on(project, damage):
+def test_damaged_data_is_named_and_not_trained_on(project):
     for name in trainer_of(project.folder).FILES:
-        damage_data(project, name, damage, random.Random(damage + name))
+        for damage in DAMAGES:
+            damage_data(project, name, damage, random.Random(damage + name))
 
 
 # --- Where nothing can be written ---------------------------------------------------------------
@@ -393,7 +350,7 @@ def test_memory_that_lacks_in_evaluation_names_its_flag(trainer, tmp_path, monke
         return forward(net, images)
 
     monkeypatch.setattr(trainer.Net, "forward", lacking)
-    message = refusal(trainer, *OPTIONS, "--output-dir", tmp_path)
+    message = refusal(trainer, *OPTIONS, "--output-dir", tmp_path, "--dry-run")
     assert "memory does not suffice, try a smaller --test-batch-size" in message
 
 
@@ -488,7 +445,7 @@ def test_a_resumed_run_keeps_its_precision_unless_told_otherwise(
     trainer, tmp_path, monkeypatch, capfd, flags, precision
 ):
     """Also on a machine that does not multiply bfloat16 natively."""
-    options = (*OPTIONS, "--output-dir", tmp_path, "--resume")
+    options = (*OPTIONS, "--batch-size", 500, "--output-dir", tmp_path, "--resume")
     trainer.main([str(word) for word in (*options, "--epochs", 1, "--bf16")])
     monkeypatch.setattr("torch.cpu.get_capabilities", dict, raising=False)
     trainer.main([str(word) for word in (*options, *flags)])
@@ -496,33 +453,6 @@ def test_a_resumed_run_keeps_its_precision_unless_told_otherwise(
     assert first.endswith(", bfloat16") and second.endswith(f", {precision}")
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert saved["hyperparameters"]["bf16"] == (precision == "bfloat16")
-
-
-def test_more_epochs_than_before_are_those_of_one_longer_training(project):
-    expected, lines = project.reference(1)
-    with project.training("longer") as training:
-        before = results(training.complete("--epochs", 1).printed)
-        after = results(training.complete().printed)
-        metrics = [json.loads(line) for line in (training.output / "metrics.jsonl").read_text().splitlines()]
-    assert before + after == lines
-    assert weights(training.output) == expected
-    assert [epoch["epoch"] for epoch in metrics] == [1, 2]
-
-
-def test_other_numbers_of_processes_go_on_from_the_same_sample_and_say_so(project):
-    with project.training("other") as training:
-        training.start().processes[0].until(lambda: training.printed.count("- Loss: ") > 6)
-        training.processes[0].send_signal(signal.SIGTERM)
-        assert training.end() == [143]
-        seen = results(training.printed)
-        assert all(line.startswith("Epoch: 1") for line in seen)
-    samples = BATCH * len(seen)
-    with project.training("other", world_size=3) as training:
-        printed = training.complete("--epochs", 1).processes[0].output
-    assert f"Resuming in epoch 1 after {samples} samples" in printed
-    assert re.search(r"\b1 .*\b3 now", printed)
-    steps = [line for line in results(printed) if line.startswith("Epoch: 1")]
-    assert len(steps) == -(-(TRAIN - samples) // (3 * BATCH))
 
 
 # --- Numbers that go wrong ----------------------------------------------------------------------

@@ -20,9 +20,8 @@ TRUE = Model(np.array([0.15, 1.5e-6, 1.04]), ddp=4)
 
 
 def test_the_fit_finds_what_the_times_were_made_of():
-    all_reduces = [
-        (link, size, TRUE.all_reduce(link, size)) for link in FITTED for size in ALL_REDUCES.values()
-    ]
+    sizes = ALL_REDUCES.values()
+    all_reduces = [(link, size, TRUE.all_reduce(link, size)) for link in FITTED for size in sizes]
     found = fit(all_reduces, [(link, 60, TRUE.step(link, 60)) for link in FITTED])
     assert found.costs == pytest.approx(TRUE.costs, rel=1e-6)
     assert found.ddp == pytest.approx(TRUE.ddp, rel=1e-6)
@@ -30,9 +29,8 @@ def test_the_fit_finds_what_the_times_were_made_of():
 
 def test_computing_hides_the_first_bucket_but_not_the_second():
     only_the_wire = Model(np.array([0, 0, 1]))
-    first, second = (
-        8e-6 * size / 10 for size in BUCKETS
-    )  # both hosts send as much as there is, at 10 Gbit/s
+    # Both hosts send as much as there is, at 10 Gbit/s.
+    first, second = (8e-6 * size / 10 for size in BUCKETS)
     assert only_the_wire.step(Link(2, 10), 60) == pytest.approx(60 + second)
     assert only_the_wire.step(Link(2, 10), 1) == pytest.approx(1 + first - TAIL)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,12 +55,8 @@ def test_the_trainer_imports_only_what_comes_with_torch_and_torchvision():
 
 def test_no_file_is_bound_to_one_registry():
     """Whoever has a mirror must be able to use it."""
-    for file in [
-        *ROOT.glob("requirements*"),
-        ROOT / "Makefile",
-        ROOT / "Dockerfile",
-        ROOT / "environment.yml",
-    ]:
+    others = [ROOT / name for name in ("Makefile", "Dockerfile", "environment.yml")]
+    for file in [*ROOT.glob("requirements*"), *others]:
         assert not re.search(r"index-url[= ]|https?://\S*(pypi|whl)", file.read_text()), file
 
 
@@ -86,22 +83,31 @@ def test_the_layout_in_the_readme_is_that_of_the_repository():
 # --- make ---------------------------------------------------------------------------------------
 
 
-def make_begun(folder, with_pip=False):
-    """Make `folder` a project in which make has got as far as uv: next, it installs packages."""
+def with_makefile(folder):
+    """Make `folder` a project in which make has done nothing yet."""
     need("make", "make")
     for name in ("Makefile", "requirements.in", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
+
+
+def make_begun(folder, with_pip=False):
+    """Make `folder` a project in which make has got as far as uv: next, it installs packages."""
+    with_makefile(folder)
     venv.create(folder / ".venv", with_pip=with_pip)
     shutil.copy(Path(sys.executable).with_name("uv"), folder / ".venv/bin/uv")
     (folder / ".venv/uv").touch()
 
 
-def make(folder, *arguments):
-    command = ["make", "--no-print-directory", *arguments]  # for make may have started the tests
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+def make(folder, *arguments, within=(), **variables):
+    """Run make, perhaps within another command, with none of the settings of pip and uv but these."""
+    command = [*within, "make", "--no-print-directory", *arguments]  # for make may have started the tests
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
+    environment |= variables
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
 
-MIRROR = "ip link set lo up; {python} -m http.server --bind 127.0.0.1 8000 2> asked & sleep 2; {make}"
+# Run the arguments where there is no network, but an index, which is empty and notes what it is asked for.
+MIRROR = 'ip link set lo up; {} -m http.server --bind 127.0.0.1 8000 2> asked & sleep 2; "$@"'
 
 
 def test_pips_index_is_also_uvs(tmp_path):
@@ -111,16 +117,10 @@ def test_pips_index_is_also_uvs(tmp_path):
     if os.geteuid():
         skip("root is missing, and without it no network can be taken away")
     make_begun(tmp_path, with_pip=True)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
-    script = MIRROR.format(python=sys.executable, make="make .venv/notebook")
-    made = subprocess.run(
-        ["unshare", "--net", "--pid", "--fork", "--kill-child", "sh", "-c", script],
-        cwd=tmp_path,
-        env=environment | {"PIP_INDEX_URL": "http://127.0.0.1:8000/simple", "UV_HTTP_RETRIES": "0"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    script = ["sh", "-c", MIRROR.format(sys.executable), "sh"]
+    within = ["unshare", "--net", "--pid", "--fork", "--kill-child", *script]
+    index = {"PIP_INDEX_URL": "http://127.0.0.1:8000/simple", "UV_HTTP_RETRIES": "0"}
+    made = make(tmp_path, ".venv/notebook", within=within, **index)
     asked = (tmp_path / "asked").read_text()
     assert '"GET /simple/torch/ HTTP/1.1" 404' in asked, made.stderr + asked
     assert made.returncode == 2 and "torch was not found in the package registry" in made.stderr, made.stderr
@@ -143,18 +143,10 @@ def index_with_uv(tmp_path):
 
 
 def test_uv_goes_into_the_environment_or_make_stops_whatever_pips_settings_say(tmp_path, index_with_uv):
-    need("make", "make")
-    for name in ("Makefile", "requirements.in", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
+    with_makefile(tmp_path)
     settings = tmp_path / "pip.conf"
     settings.write_text(f"[install]\ntarget = {tmp_path / 'elsewhere'}\n")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
-    environment |= index_with_uv
-    command = ["make", "--no-print-directory", f"PYTHON={sys.executable}", ".venv/uv"]
-
-    def made(**more):
-        return subprocess.run(command, cwd=tmp_path, env=environment | more, capture_output=True, text=True)
-
+    made = partial(make, tmp_path, f"PYTHON={sys.executable}", ".venv/uv", **index_with_uv)
     stopped = made(PIP_CONFIG_FILE=str(settings))
     assert stopped.returncode == 2 and not (tmp_path / ".venv/uv").exists()
     assert "pip has put uv elsewhere: its settings (pip config list) must not say where.\n" in stopped.stderr

@@ -8,14 +8,11 @@ import subprocess
 import sys
 
 import pytest
-import torch
+import torch.distributed.run
 
 from rig.hosts import Host, PyTorchJob, end, ip
 from rig.processes import clean_environment
-from rig.training import OPTIONS, TEST, Project, results, trainer_of, weights
-
-TORCHRUN = ("-m", "torch.distributed.run")
-
+from rig.training import OPTIONS, results, weights
 
 pytestmark = pytest.mark.usefixtures("hosts")
 
@@ -119,59 +116,14 @@ def test_a_job_of_which_one_host_cannot_be_made_leaves_nothing(tmp_path):
 # --- Training -----------------------------------------------------------------------------------
 
 
-def without_dropout(folder):
-    """Take the dropout out of a project's model: its noise depends on the number of processes."""
-    path = folder / "mnist.py"
-    text, replaced = re.subn(r"nn\.Dropout\(0\.\d+\)", "nn.Dropout(0)", path.read_text())
-    assert replaced == 1
-    path.write_text(text)
-
-
-def test_three_hosts_train_as_one_process_with_three_times_the_batch(small):
-    without_dropout(small)
-    project = Project(small)
-    # Processors add up in different orders. In short steps, these differences in the last digits hardly grow.
-    options = ("--epochs", 2, "--lr", 0.02, "--momentum", 0.5, "--no-cuda", "--no-bf16")
-    with project.training("one", options=(*options, "--batch-size", 90)) as training:
-        training.complete()
-    with PyTorchJob(project.folder) as job:
-        codes, printed = end(
-            job.start("mnist.py", *options, "--batch-size", 30, "--output-dir", "three", "--save-model")
-        )
-    assert codes == [0, 0, 0]
-    assert printed[0].startswith("Started in a pod of a PyTorchJob: rank 0 of 3, device cpu, backend gloo")
-    assert "Using distributed PyTorch with gloo backend" in printed[0]
-    assert printed[1:] == ["", ""]  # figures are printed once
-
-    def history(folder):
-        return [json.loads(line) for line in (project.folder / folder / "metrics.jsonl").open()]
-
-    assert len(history("three")) == 2
-    for one, three in zip(history("one"), history("three"), strict=True):
-        # The last batch of 1,000 has 10 images, 4 + 3 + 3: it counts no more and no less than in one process.
-        assert three["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
-        assert three["test_loss"] == pytest.approx(one["test_loss"], rel=1e-4)
-        assert abs(three["accuracy"] - one["accuracy"]) <= 2 / TEST
-
-    # The same weights, evaluated here by one process, give the figures that three hosts gave.
-    trainer = trainer_of(project.folder)
-    model = trainer.Net()
-    model.load_state_dict(torch.load(project.folder / "three" / "mnist_model.pt", weights_only=True))
-    _, (images, labels) = trainer.load_mnist(project.folder / "datasets")
-    loss, correct = trainer.test(model, images, labels, batch_size=77)
-    assert correct / TEST == history("three")[-1]["accuracy"]
-    assert loss == pytest.approx(history("three")[-1]["test_loss"], rel=1e-4)
-    assert f"Test accuracy: {correct}/{TEST}" in printed[0]
-
-
 @pytest.mark.parametrize("elastic", [None, (1, 3, 3)], ids=["static", "elastic"])
 def test_torchrun_trains_on_three_hosts_as_the_operator_has_told_it(project, tmp_path, elastic):
     """It needs no arguments; where pods have no ranks of their own, the trainer starts it by itself."""
-    command = () if elastic else TORCHRUN
+    command = () if elastic else (torch.distributed.run.__file__,)
     expected, lines = project.reference(3)
     workers = 3 if elastic else 2
     with PyTorchJob(project.folder, workers, elastic, processes_per_node="1") as job:
-        codes, printed = end(job.start(*command, "mnist.py", *OPTIONS, "--output-dir", tmp_path), 180)
+        codes, printed = end(job.fork(*command, "mnist.py", *OPTIONS, "--output-dir", tmp_path), 180)
     assert codes == [0, 0, 0], printed
     started = [text for text in printed if "Started by torchrun: rank 0 of 3" in text]
     assert len(started) == 1, printed
@@ -191,7 +143,10 @@ def test_a_whole_job_killed_and_started_again_ends_with_the_same_bits(project, t
             assert end(processes)[0] == [-9, -9, -9]
         codes, printed = end(job.fork(*options))
     assert codes == [0, 0, 0]
+    assert printed[0].startswith("Started in a pod of a PyTorchJob: rank 0 of 3, device cpu, backend gloo")
+    assert "Using distributed PyTorch with gloo backend" in printed[0]
     assert "Resuming in epoch" in printed[0]
+    assert printed[1:] == ["", ""]  # figures are printed once
     assert results(printed[0]) == lines[-len(results(printed[0])) :]
     assert weights(tmp_path) == expected
 

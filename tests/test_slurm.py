@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,23 +66,44 @@ def clone(small_template, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def submit(slurm, clone):
-    return lambda *words, **changes: slurm.sbatch(clone, *words, **changes)
+    return partial(slurm.sbatch, clone)
+
+
+@pytest.fixture(scope="module")
+def meanwhile():
+    """Where fixtures do what takes long, while other tests run."""
+    with ThreadPoolExecutor() as pool:
+        yield pool.submit
 
 
 @pytest.fixture(scope="module", autouse=True)
-def slow(submit, slurm):
-    """A job of three nodes that is out of time, then requeued. Other tests run in the meantime."""
-    job = submit("--nodes=3", "--time=2", "--job-name=slow", SCRIPT, *OPTIONS, "--timeout", 120)
+def slow(submit, slurm, meanwhile):
+    """A job that is out of time, then requeued."""
+    options = ("--nodelist=node[1-2]", "--time=2", "--job-name=slow")
+    job = submit("--nodes=2", *options, SCRIPT, *OPTIONS, "--timeout", 120)
 
     def disturb():
-        job.printed("Epoch: 1 ( 25")
-        for trainer in job.trainers("node3"):
-            trainer.suspend()  # the others wait. Slurm wakes it when it sends its signal
-        job.printed("Epoch: 1 ( 66", starts=2)
+        job.printed("Epoch: 1 ( 29")
+        for trainer in job.trainers("node2"):
+            trainer.suspend()  # the other waits. Slurm wakes it when it sends its signal
+        job.printed("Epoch: 1 ( 70", starts=2)
         slurm("scontrol", "requeue", job.number)
 
-    with ThreadPoolExecutor(1) as pool:
-        yield job, pool.submit(disturb)
+    return job, meanwhile(disturb)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lost(submit, slurm, meanwhile):
+    """A job that loses its second node, which then comes back."""
+    job = submit("--nodes=2", "--nodelist=node[3-4]", "--job-name=lost", SCRIPT, *FLAGS)
+
+    def disturb():
+        job.printed("Epoch: 1 ( 41")
+        slurm.nodes["node4"].kill()
+        slurm.wait(lambda: "Node failure on node4" in job.log)
+        slurm.start_node("node4")
+
+    return job, meanwhile(disturb)
 
 
 def metrics(folder):
@@ -175,12 +197,9 @@ def test_a_preempted_job_makes_room_and_goes_on_afterwards(submit):
     assert job.shown("Restarts") == "1" and "Resuming in epoch " in job.log
 
 
-def test_a_job_that_loses_a_node_is_started_again_by_slurm(submit, slurm):
-    job = submit("--nodes=2", "--partition=wide", "--job-name=lost", SCRIPT, *FLAGS)
-    job.printed("Epoch: 1 ( 41")
-    slurm.nodes["wide2"].kill()
-    slurm.wait(lambda: "Node failure on wide2" in job.log)
-    slurm.start_node("wide2")
+def test_a_job_that_loses_a_node_is_started_again_by_slurm(lost):
+    job, disturbed = lost
+    disturbed.result()
     assert job.ended() == ("COMPLETED", 0), job.log
     assert job.shown("Restarts") == "1" and "Resuming in epoch 1" in job.log
 
@@ -190,4 +209,4 @@ def test_a_job_out_of_time_and_requeued_ends_with_the_bits_of_one_that_nobody_di
     disturbed.result()
     assert job.ended() == ("COMPLETED", 0), job.log
     assert job.log.count("Stopped by a signal") == int(job.shown("Restarts")) == 2, job.log
-    assert weights(clone / "output/slow") == project.reference(3)[0]
+    assert weights(clone / "output/slow") == project.reference(2)[0]
