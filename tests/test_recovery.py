@@ -221,6 +221,28 @@ def test_a_launcher_that_is_asked_to_stop_before_training_begins_leaves_with_its
         assert leave(family, 10)
 
 
+FAILS_TO_SAVE = """
+import mnist
+write = mnist.write
+def fail(path, *more, **how):
+    if path.name == "checkpoint.pt":
+        raise OSError(f"cannot write {path}: no")
+    write(path, *more, **how)
+mnist.write = fail
+mnist.__file__ = __file__
+mnist.main()
+"""
+
+
+def test_a_launcher_whose_process_fails_to_save_does_not_say_that_all_is_saved(project):
+    (project.folder / "fails.py").write_text(FAILS_TO_SAVE)
+    with project.training("fails", 2) as training:
+        launcher = training.launch(("fails.py", "--num-processes", 2), "--checkpoint-interval", 999)
+        assert launcher.until(lambda: launcher.output.count("- Loss: ") > 2)
+        launcher.send_signal(signal.SIGTERM)
+        assert training.end(20) == [1] and "checkpoint.pt: no" in training.printed, training.printed
+
+
 ONLY_ON_LINUX = pytest.mark.skipif(
     sys.platform != "linux", reason="only Linux tells a process that its parent died"
 )
