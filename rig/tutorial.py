@@ -32,6 +32,7 @@ ON_A_SLICE = [
     "remove-old-results",
     "run-the-trainer",
     "check-the-run",
+    "give-memory-back",
     "run-several-processes",
     "check-several-processes",
     "define-step",
@@ -52,7 +53,7 @@ ON_A_SLICE = [
     "delete-the-job",
 ]
 WITHOUT_TRAINING = [
-    name for name in ON_A_SLICE if name not in PARTS and not re.search("results|run|processes", name)
+    name for name in ON_A_SLICE if name not in PARTS and not re.search("results|run|memory|processes", name)
 ]
 
 
