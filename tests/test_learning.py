@@ -559,6 +559,19 @@ def test_a_resumed_trainer_takes_the_next_step_however_its_weights_were_laid_out
     assert caplog.messages == [goes_on, *([note] if world_size > 1 else ()), goes_on]
 
 
+def test_adadelta_is_taken_if_asked_for_and_resumed(digits, tmp_path):
+    """It also keeps a number of steps for each weight, which has not the weight's shape."""
+    trainer, resumed = (new_trainer(optimizer="adadelta", lr=0.5) for _ in range(2))
+    assert type(trainer.optimizer) is torch.optim.Adadelta and trainer.optimizer.defaults["lr"] == 0.5
+    for _, _ in zip(trainer.train(*digits), range(2), strict=False):
+        mnist.save(trainer, tmp_path)
+    mnist.resume(resumed, mnist.load_checkpoint(tmp_path))
+    assert all(state["step"].shape == () for state in resumed.optimizer.state.values())
+    for each in (trainer, resumed):
+        list(each.train(*digits))
+    assert distance(resumed.model.parameters(), trainer.model.parameters()) == 0
+
+
 @pytest.mark.parametrize(
     "text, advice", [("", ""), ("4711\nnode-1\n3\n", ". If 4711 on node-1 is gone, delete FOLDER/.lock")]
 )
