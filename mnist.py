@@ -573,7 +573,7 @@ def state_restored():
     ends = __name__ == "__main__" and "IPython" not in sys.modules
     env, log, numbers = dict(os.environ), logging.getLogger(), (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
     handlers = [signal.getsignal(number) for number in numbers]
-    log_was, disabled = (log.handlers[:], log.level), log.manager.disable
+    log_was = log.handlers[:], log.level, log.manager.disable
     log.handlers.clear()
     try:
         yield
@@ -582,7 +582,7 @@ def state_restored():
             signal.signal(number, signal.SIG_IGN if ends else handler)
         os.environ.clear()
         os.environ.update(env)
-        log.handlers[:], log.level = log_was
+        log.handlers[:], log.level, disabled = log_was
         logging.disable(disabled)  # a call, because loggers remember what they have found disabled
 
 
