@@ -482,6 +482,26 @@ def test_steps_of_three_processes_are_those_of_a_single_one_with_their_batches_t
     assert others["accuracy"] == figures["accuracy"]
 
 
+def test_shares_are_disjoint_and_cover_the_set(small):
+    """Each process writes down what it was given, in an epoch whose last batch cannot be shared evenly."""
+    spy = "share = batch[rank::world_size]"
+    source = (small / "mnist.py").read_text()
+    assert source.count(spy) == 1
+    note = spy + "; print(*share.tolist(), file=open(f'rank{rank}.txt', 'a'))"
+    (small / "mnist.py").write_text(source.replace(spy, note))
+    options = ("--epochs", 2, "--batch-size", 99)
+    with Training(small, small / "output", 3, options=options) as training:
+        training.complete()
+    notes = [(small / f"rank{rank}.txt").read_text().splitlines() for rank in range(3)]
+    shares = [[[int(sample) for sample in step.split()] for step in steps] for steps in notes]
+    seen = [sample for rank in shares for share in rank for sample in share]
+    assert sorted(seen) == sorted([*range(1000)] * 2)
+    # Four steps an epoch, and the last one has 109 samples for the three of them.
+    assert [[len(share) for share in rank] for rank in shares] == [
+        ([99] * 3 + [last]) * 2 for last in (37, 36, 36)
+    ]
+
+
 # --- files
 
 
