@@ -28,7 +28,7 @@ from rig.training import MOMENTS, TEST, TIMEOUT, TRAIN, Project, fingerprint, re
 # Or torchrun's agents would lend the processes their store, in which those that start again find the
 # addresses of the dead (https://github.com/pytorch/pytorch/issues/135712).
 # Once enough hosts are there, torchrun waits half a minute for still more; 3 seconds show the same.
-OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1, "PET_RDZV_CONF": "last_call_timeout=3"}
+ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1, "PET_RDZV_CONF": "last_call_timeout=3"}
 
 
 # --- Faults: each raises AssertionError if a promise was not kept -------------------------------
@@ -197,7 +197,7 @@ def lose_elastic_worker(project, whole_host, rng):
     options = ("--epochs", 4, "--timeout", TIMEOUT, "--log-interval", 1, "--checkpoint-interval", 2)
     options += ("--resume", "--output-dir", tempfile.mkdtemp(dir=project.folder))
     with PyTorchJob(project.folder, workers=3, elastic=(1, 3, 3), processes_per_node="1") as job:
-        agents = job.start("mnist.py", *options, **OWN_STORE)  # starts torchrun, as PET_... asks for
+        agents = job.start("mnist.py", *options, **ELASTIC)  # starts torchrun, as PET_... asks for
         wanted = rng.randrange(4, 12)  # by then there is a checkpoint
 
         def trained():

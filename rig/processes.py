@@ -1,7 +1,9 @@
 """Programs that a test needs, starts or serves."""
 
+import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from threading import Thread
 
 import psutil
 import pytest
+import torch
 
 from rig.forks import FORKS, become
 
@@ -43,6 +46,18 @@ def clean_environment(**changes):
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     return environment | {"PYTHONUNBUFFERED": "1"} | {k: str(v) for k, v in changes.items()}
+
+
+def shared_state():
+    """Return, by name, what all code of this process shares, but the log's handlers: pytest changes those."""
+    numbers, log = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT), logging.getLogger()
+    return {
+        "variables": dict(os.environ),
+        "folder": os.getcwd(),
+        "log": (log.level, log.manager.disable),
+        "signals": [signal.getsignal(number) for number in numbers],
+        "threads": torch.get_num_threads(),
+    }
 
 
 def free_port():

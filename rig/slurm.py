@@ -23,9 +23,8 @@ from rig.processes import clean_environment, need
 
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 # Slurm believes what it is told about them. The GPUs are a pretence: it only counts their files.
-NODES = dict.fromkeys(("node1", "node2", "node3", "node4"), "CPUs=1") | dict.fromkeys(
-    ("wide1", "wide2"), "CPUs=2"
-)
+NODES = dict.fromkeys(("node1", "node2", "node3", "node4"), "CPUs=1")
+NODES |= dict.fromkeys(("wide1", "wide2"), "CPUs=2")
 NODES["gpu1"] = "CPUs=2 Gres=gpu:2"
 CONFIGURATION = """\
 ClusterName=test

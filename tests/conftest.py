@@ -1,19 +1,17 @@
 """What pytest gives to the tests of all modules: an order, small projects to train in, a container engine."""
 
-import logging
 import os
 import shutil
-import signal
 
 # Tests share two processors. A thread that waits for another must leave its own to them, not spin.
 # PyTorch reads this when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
-import torch
 
 from rig.engine import running_engine
 from rig.hosts import need_hosts
+from rig.processes import shared_state
 from rig.project import make_small_project
 from rig.training import TEST, TRAIN, Project
 
@@ -37,11 +35,10 @@ def nothing_is_left():
     """A test gives back what all tests of its process share; otherwise a later one fails, in some orders."""
 
     def shared():
-        signals = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)]
-        log, variables = logging.getLogger(), dict(os.environ)
+        state = shared_state()
         for name in ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"):  # pytest's and PyTorch's own
-            variables.pop(name, None)
-        return variables, os.getcwd(), log.level, log.manager.disable, signals, torch.get_num_threads()
+            state["variables"].pop(name, None)
+        return state
 
     before = shared()
     yield

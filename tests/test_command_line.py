@@ -13,7 +13,7 @@ import pytest
 import torch.distributed.elastic as elastic
 
 import mnist
-from rig.processes import clean_environment, fork, need
+from rig.processes import clean_environment, fork, need, shared_state
 from rig.project import ROOT
 
 
@@ -365,13 +365,7 @@ def test_variables_signals_and_the_log_are_given_back_even_after_a_failure(monke
     monkeypatch.setenv("CHANGED", "before")
     monkeypatch.setenv("DELETED", "before")
     log, handlers = logging.getLogger(), logging.getLogger().handlers[:]
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
-    before = (
-        [signal.getsignal(number) for number in numbers],
-        log.level,
-        log.manager.disable,
-        dict(os.environ),
-    )
+    before = shared_state()
     with pytest.raises(OSError), mnist.state_restored():
         os.environ.update(CHANGED="after", NEW="after")
         del os.environ["DELETED"]
@@ -379,11 +373,10 @@ def test_variables_signals_and_the_log_are_given_back_even_after_a_failure(monke
         logging.basicConfig(level=logging.DEBUG)
         logging.disable()
         logging.warning("a logger remembers that it was silent")
-        for number in numbers:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)
         raise OSError
-    after = [signal.getsignal(number) for number in numbers], log.level, log.manager.disable, dict(os.environ)
-    assert after == before and log.handlers == handlers and log.isEnabledFor(logging.WARNING)
+    assert shared_state() == before and log.handlers == handlers and log.isEnabledFor(logging.WARNING)
 
 
 def test_after_the_program_a_notebook_has_everything_back(small, monkeypatch):
@@ -393,13 +386,11 @@ def test_after_the_program_a_notebook_has_everything_back(small, monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
     def state():
-        log = logging.getLogger()
-        signals = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)]
-        return signals, log.handlers[:], log.level, log.manager.disable, dict(os.environ)
+        return shared_state() | {"handlers": logging.getLogger().handlers[:]}
 
     before, seen = state(), []
     original = mnist.test
     monkeypatch.setattr(mnist, "test", lambda *all: seen.append(state()) or original(*all))
     mnist.main(["--dry-run", "--no-cuda"])
-    assert seen and seen[0][0] != before[0] and seen[0][1] != before[1]
+    assert seen and all(seen[0][name] != before[name] for name in ("signals", "handlers"))
     assert state() == before

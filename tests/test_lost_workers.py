@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from rig.faults import OWN_STORE, lose_elastic_worker, lose_worker
+from rig.faults import ELASTIC, lose_elastic_worker, lose_worker
 from rig.hosts import PyTorchJob, end
 from rig.training import OPTIONS, TEST, results, weights
 
@@ -89,7 +89,7 @@ def test_an_elastic_job_goes_on_by_itself_without_whom_it_lost(project, whole_ho
 
 
 def test_an_elastic_job_grows_when_a_host_comes_back(project, tmp_path):
-    changes = {"OMP_NUM_THREADS": 1, **OWN_STORE}
+    changes = {"OMP_NUM_THREADS": 1, **ELASTIC}
     options = ("mnist.py", "--epochs", 30, "--timeout", 10, "--resume", "--output-dir", tmp_path)
     with PyTorchJob(project.folder, 3, (1, 3, 3), processes_per_node="1") as job:
         first = [host.start(project.folder, *options, **changes) for host in job.hosts[:2]]
