@@ -310,6 +310,7 @@ class Silent(SimpleHTTPRequestHandler):
 def test_a_server_that_never_answers_is_given_up_with_a_sentence(tmp_path, monkeypatch):
     with serving(Silent) as address:
         monkeypatch.setattr(MNIST, "mirrors", [f"{address}/"])
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
         begin = time.monotonic()
         with pytest.raises(OSError, match=r"cannot download MNIST.*timed out"):
             mnist.download(tmp_path / RAW, patience=1)
