@@ -88,10 +88,10 @@ scale: .venv/tests
 	$(RUN) benchmarks.scale
 
 requirements: .venv/uv
-	$(UV) pip compile --quiet --universal --python-version 3.10 --no-header requirements.in -o requirements.txt
-	$(UV) pip compile --quiet --universal --python-version 3.10 --no-header requirements-dev.in -c requirements.txt -o requirements-dev.txt
-	$(UV) pip compile --quiet --universal --python-version 3.10 --no-header requirements-bench.in -c requirements-dev.txt -c requirements.txt -o requirements-bench.txt
-	$(UV) pip compile --quiet --universal --python-version 3.10 --no-header $(QA)/requirements.in -c requirements.txt -o $(QA)/requirements.txt
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --no-header requirements.in -o requirements.txt
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --no-header requirements-dev.in -c requirements.txt -o requirements-dev.txt
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --no-header requirements-bench.in -c requirements-dev.txt -c requirements.txt -o requirements-bench.txt
+	$(UV) pip compile --quiet --upgrade --universal --python-version 3.10 --no-header $(QA)/requirements.in -c requirements.txt -o $(QA)/requirements.txt
 
 # For the tests that pip alone cannot provide for. Debian and Ubuntu; needs root. Newer ones than Debian 12 have
 # docker's client and its builder in packages of their own.

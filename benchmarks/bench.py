@@ -76,14 +76,16 @@ class Contender:
         return (*program, *flags, "--output-dir", output, *(() if gpu else ("--no-cuda",)))
 
 
-# All contenders compute in float32, so mnist.py does so on every processor, too.
+# All compute in float32 but the two that say otherwise, on every processor.
 OURS = Contender("ours", "**mnist.py**", flags=("--no-bf16",))
 # The peers' optimiser and schedule. The averaged weights and the weaker dropout have no flag, so they stay.
 PEERS_RECIPE = "--no-bf16 --optimizer adadelta --lr 1.0 --gamma 0.7 --no-augment --label-smoothing 0"
 CONTENDERS = (
     OURS,
+    Contender("ours_bf16", "mnist.py in bfloat16", flags=("--bf16",)),
     Contender("ours_adadelta", "mnist.py with the peers' recipe", flags=tuple(PEERS_RECIPE.split())),
     Contender("pytorch_example", "PyTorch's example", "pytorch_example.py"),
+    Contender("pytorch_example_bf16", "PyTorch's example in bfloat16", "pytorch_example.py", ("--autocast",)),
     Contender("older_tutorial", "the older tutorial", "older_tutorial.py"),
     Contender("lightning", "Lightning", "with_lightning.py"),
     Contender("ignite", "Ignite", "with_ignite.py"),

@@ -1,8 +1,7 @@
 """Show what each line of a training step costs, compared with the most that the processor can do.
 
-python benchmarks/step.py                one thread; writes the table in benchmarks/README.md
-python benchmarks/step.py --threads 2    only prints it
-python benchmarks/step.py --bf16         likewise, in bfloat16
+python benchmarks/step.py --write                one thread; renews the table in benchmarks/README.md
+python benchmarks/step.py --threads 2 --bf16     only prints it, for two threads and in bfloat16
 
 The limit is the speed at which this machine multiplies large matrices, by the faster of PyTorch's two
 libraries for that. It is measured between blocks of steps, so other work on the machine slows both alike.
@@ -127,10 +126,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16")
+    parser.add_argument("--write", action="store_true", help="renew the table in benchmarks/README.md")
     args = parser.parse_args()
-    threads = args.threads
     mnist.settle_in()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(args.threads)
     training_set, _ = mnist.load_mnist("datasets")
     images, labels = (tensor[: STEPS * BATCH] for tensor in training_set)
     trainer = mnist.Trainer(mnist.Hyperparameters(bf16=args.bf16))
@@ -138,8 +137,9 @@ def main():
     steps, peaks = measure_blocks(trainer, images, labels)
     found = table(steps, peaks, shares_of_lines(trainer, images, labels), count_operations())
     print(found)
-    if threads == 1 and not args.bf16:
-        PAGE.write_text(replace_between(PAGE.read_text(), "step", found))
+    if args.write:
+        mark = "step-bf16" if args.bf16 else "step"
+        PAGE.write_text(replace_between(PAGE.read_text(), mark, found))
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def own_docker():
         for mount in reversed(mounts_below(folder)):
             subprocess.run(["umount", mount])
         subprocess.run(["ip", "link", "delete", bridge], capture_output=True)
-        shutil.rmtree(folder)
+        subprocess.run(["rm", "-rf", folder])  # rmtree takes half a minute
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What all peers share: their flags, what they print, and the digits. It imports none of their libraries.
 
-python benchmarks/peers/NAME.py --epochs N [--images N] [--own] [--gpu]
+python benchmarks/peers/NAME.py --epochs N [--images N] [--own] [--gpu] [--autocast]
 
 A peer prints what the runner also looks for in the log of mnist.py: a line with "Epoch:" when training
 begins, and accuracy=0.9834 after each epoch. The runner sets the number of threads in the environment.
