@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import urllib.request
 
 # Tests share two processors. A thread that waits for another must leave its own to them, not spin.
@@ -20,6 +21,11 @@ from rig.training import TEST, TRAIN, Project
 LONG = ["notebook", "image", "question_answering", "recovery", "browser", "manifests_run", "lost_workers"]
 LONG += ["slurm", "registry", "several_hosts", "gpu", "trainer"]
 LONG = [f"test_{name}" for name in LONG]
+
+
+def pytest_configure():
+    """Hear Ctrl-C, which some tests send: what a shell starts in the background is deaf to it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)  # -m then finds the marks
