@@ -438,7 +438,8 @@ def trained_by_two(small_template, tmp_path_factory):
 
 def test_two_processes_log_once_and_say_how_they_were_started(trained_by_two):
     log, _ = trained_by_two
-    first, second = log.splitlines()[:2]
+    lines = [line for line in log.splitlines() if not line.startswith("[Gloo]")]  # PyTorch 2.9 prints these
+    first, second = lines[:2]
     assert re.fullmatch(
         r"Started by torchrun: rank 0 of 2, device cpu, backend gloo, \d+ threads?, (bfloat16|float32)", first
     )
