@@ -87,18 +87,8 @@ def test_an_elastic_job_starts_again_by_itself_after_it_lost_a_process(project):
 
 
 def test_an_elastic_job_goes_on_without_a_lost_host_and_grows_when_it_comes_back(project, tmp_path):
-    options = (
-        "mnist.py",
-        "--epochs",
-        12,
-        "--timeout",
-        TIMEOUT,
-        "--log-interval",
-        1,
-        "--checkpoint-interval",
-        2,
-    )
-    options += ("--resume", "--output-dir", tmp_path)
+    options = ("mnist.py", "--epochs", 30, "--timeout", TIMEOUT, "--log-interval", 1, "--resume")
+    options += ("--checkpoint-interval", 2, "--output-dir", tmp_path)
     with PyTorchJob(project.folder, 3, (1, 3, 3), processes_per_node="1") as job:
         agents = job.fork(*options, **ELASTIC)
 
