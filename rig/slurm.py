@@ -181,10 +181,23 @@ class Job:
 
     def trainers(self, node):
         """Return the job's trainers that run on a node, as psutil's processes."""
-        pids = map(int, ip("netns", "pids", self.slurm.nodes[node].name).split())
-        processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-        ours = [p for p in processes if p.environ().get("SLURM_JOB_ID") == str(self.number)]
-        return [p for p in ours if p.cmdline()[1:3] == ["mnist.py", "--resume"]]
+        there = ip("netns", "pids", self.slurm.nodes[node].name).split()
+        processes = psutil.process_iter(["environ", "cmdline"])  # which passes over those that end meanwhile
+        here = [p for p in processes if str(p.pid) in there and p.info["environ"] and p.info["cmdline"]]
+        ours = [p for p in here if p.info["environ"].get("SLURM_JOB_ID") == str(self.number)]
+        return [p for p in ours if p.info["cmdline"][1:3] == ["mnist.py", "--resume"]]
+
+    def hold(self, node, text, starts=1):
+        """Suspend the job's trainers on a node once it prints `text`: it cannot end before what is to happen to it.
+
+        Slurm wakes whom it sends a signal to stop.
+        """
+        self.printed(text, starts)
+        held = self.trainers(node)
+        for trainer in held:
+            trainer.suspend()
+        assert held, f"ended too early; printed:\n{self.log}"
+        return held
 
     def ended(self, timeout=120):
         """Wait for the end. Returns the state, such as COMPLETED, and the exit code."""

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.cluster
 
 SCRIPT = "slurm/mnist.sbatch"
 FLAGS = (*OPTIONS, "--epochs", 1)
+LONGER = (*FLAGS, "--batch-size", 6)  # for a job to which something happens: on a fast machine, too
 # What a shell has that an interactive allocation gave it, of another size than the job's.
 OUTER = {"SLURM_NTASKS": 9, "SLURM_NNODES": 5, "SLURM_TASKS_PER_NODE": 5, "SLURM_CPUS_PER_TASK": 8}
 OUTER |= {"SLURM_GPUS": 5, "SLURM_GPUS_ON_NODE": 5, "SLURM_CPU_BIND": "quiet,mask_cpu:0x2"}
@@ -83,10 +84,8 @@ def slow(submit, slurm, meanwhile):
     job = submit("--nodes=2", *options, SCRIPT, *OPTIONS, "--timeout", 120)
 
     def disturb():
-        job.printed("Epoch: 1 ( 29")
-        for trainer in job.trainers("node2"):
-            trainer.suspend()  # the other waits. Slurm wakes it when it sends its signal
-        job.printed("Epoch: 1 ( 70", starts=2)
+        job.hold("node2", "Epoch: 1 ( 29")  # until its time is over
+        job.hold("node2", "Epoch: 1 ( 70", starts=2)
         slurm("scontrol", "requeue", job.number)
 
     return job, meanwhile(disturb)
@@ -95,10 +94,10 @@ def slow(submit, slurm, meanwhile):
 @pytest.fixture(scope="module", autouse=True)
 def lost(submit, slurm, meanwhile):
     """A job that loses its second node, which then comes back."""
-    job = submit("--nodes=2", "--nodelist=node[3-4]", "--job-name=lost", SCRIPT, *FLAGS)
+    job = submit("--nodes=2", "--nodelist=node[3-4]", "--job-name=lost", SCRIPT, *LONGER)
 
     def disturb():
-        job.printed("Epoch: 1 ( 41")
+        job.hold("node4", "Epoch: 1 ( 41")
         slurm.nodes["node4"].kill()
         slurm.wait(lambda: "Node failure on node4" in job.log)
         slurm.start_node("node4")
@@ -154,10 +153,9 @@ def test_what_is_missing_is_one_sentence(submit, slurm, clone, tmp_path):
 
 
 def test_a_killed_process_fails_the_job_and_the_next_one_goes_on_in_a_container(submit, image):
-    command = ("--nodes=2", "--partition=wide", "--job-name=killed", SCRIPT, *FLAGS)
+    command = ("--nodes=2", "--partition=wide", "--job-name=killed", SCRIPT, *LONGER)
     job = submit(*command)
-    job.printed("Epoch: 1 ( 41")
-    for trainer in job.trainers("wide2"):
+    for trainer in job.hold("wide2", "Epoch: 1 ( 41"):
         trainer.kill()
     assert job.ended() == ("FAILED", 137), job.log
     assert "rank 0 of 2 (meeting at wide1:" in job.log
@@ -168,8 +166,8 @@ def test_a_killed_process_fails_the_job_and_the_next_one_goes_on_in_a_container(
 
 
 def test_a_process_alone_uses_all_cpus_and_has_saved_when_its_job_is_cancelled(submit, slurm, clone):
-    job = submit("--nodes=1", "--partition=wide", "--export=NONE", "--job-name=cancelled", SCRIPT, *FLAGS)
-    job.printed("Epoch: 1 ( 11")
+    job = submit("--nodes=1", "--partition=wide", "--export=NONE", "--job-name=cancelled", SCRIPT, *LONGER)
+    job.hold("wide1", "Epoch: 1 ( 11")
     slurm("scancel", job.number)
     assert job.ended()[0] == "CANCELLED"
     slurm.wait(lambda: "Stopped by a signal. " in job.log)
@@ -189,8 +187,8 @@ def test_a_job_whose_time_is_too_short_to_begin_with_ends_with_a_sentence(submit
 
 
 def test_a_preempted_job_makes_room_and_goes_on_afterwards(submit):
-    job = submit("--nodes=1", "--partition=wide", "--job-name=preempted", SCRIPT, *FLAGS)
-    job.printed("Epoch: 1 ( 11")
+    job = submit("--nodes=1", "--partition=wide", "--job-name=preempted", SCRIPT, *LONGER)
+    job.hold("wide1", "Epoch: 1 ( 11")
     urgent = submit("--nodes=2", "--partition=urgent", "--exclusive", "--wrap=true")
     assert urgent.ended() == ("COMPLETED", 0)
     assert job.ended() == ("COMPLETED", 0), job.log
