@@ -188,7 +188,7 @@ class Job:
         return [p for p in ours if p.info["cmdline"][1:3] == ["mnist.py", "--resume"]]
 
     def hold(self, node, text, starts=1):
-        """Suspend the job's trainers on a node once it prints `text`: it cannot end before what is to happen to it.
+        """Suspend the job's trainers on a node once it prints `text`: it cannot end before the disturbance.
 
         Slurm wakes whom it sends a signal to stop.
         """
