@@ -27,8 +27,12 @@ from rig.training import MOMENTS, TEST, TIMEOUT, TRAIN, Project, fingerprint, re
 
 # Or torchrun's agents would lend the processes their store, in which those that start again find the
 # addresses of the dead (https://github.com/pytorch/pytorch/issues/135712).
-# Once enough hosts are there, torchrun waits half a minute for still more; 3 seconds show the same.
-ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1, "PET_RDZV_CONF": "last_call_timeout=3"}
+# Once enough hosts are there, torchrun waits half a minute for still more; 3 seconds show the same. It takes
+# a host for lost that has been silent for 15 seconds; 6 are enough.
+ELASTIC = {
+    "PET_RDZV_CONF": "last_call_timeout=3,keep_alive_interval=2",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1,
+}
 
 
 # --- Faults: each raises AssertionError if a promise was not kept -------------------------------
@@ -112,11 +116,9 @@ def damaged(contents, region, damage, rng):
     if damage == "truncation":
         return contents[:position]
     if damage == "bit flip":
-        return (
-            contents[:position]
-            + bytes([contents[position] ^ 1 << rng.randrange(8)])
-            + contents[position + 1 :]
-        )
+        flipped = bytearray(contents)
+        flipped[position] ^= 1 << rng.randrange(8)
+        return bytes(flipped)
     size = min(4096, len(contents) - position)
     other = bytes(size) if damage == "zeroed page" else rng.randbytes(size)
     return contents[:position] + other + contents[position + size :]

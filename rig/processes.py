@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import shutil
 import signal
 import socket
@@ -34,16 +35,7 @@ def skip(reason):
 
 def clean_environment(**changes):
     """Return this process's environment without anything that would make the trainer part of a job."""
-    ours = (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "PET_",
-        "TORCHELASTIC_",
-        "SLURM_",
-    )
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "PET_", "TORCHELASTIC_", "SLURM_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     return environment | {"PYTHONUNBUFFERED": "1"} | {k: str(v) for k, v in changes.items()}
 
@@ -62,9 +54,12 @@ def shared_state():
 
 def free_port():
     """Return a port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    # None of those that the system gives to whoever asks for any: it would not stay free.
+    for port in random.sample(range(20000, 32000), 100):
+        with suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 @contextmanager
