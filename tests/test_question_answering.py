@@ -3,20 +3,24 @@
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 import re
 import shlex
 import shutil
 import signal
 import sys
+from functools import partial
 
 import pytest
+import torch
+import torch.distributed.run
 
+import mnist
 from rig.engine import BUILD, give, persons_project, with_packages
 from rig.forks import preload
 from rig.guide import run_chapter, with_more
-from rig.processes import Fork, Process, clean_environment, fork, free_port, run, skip
+from rig.hosts import end
+from rig.processes import Fork, clean_environment, fork, free_port, run, skip
 from rig.project import ROOT
 
 FOLDER = ROOT / "examples" / "question-answering"
@@ -26,21 +30,26 @@ ONE_THREAD = {"OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1}
 # Six epochs of ten steps: long enough to be stopped in the middle, and three answers of four become right.
 FLAGS = ("--epochs", 6, "--batch-size", 4, "--lr", 1e-2)
 TRAIN = (FOLDER / "train.py", *FLAGS)
-# The trainer, for a fork. SIGTERM_AT counts batches of questions: just before that one, the signal is sent.
+# The trainer, for a fork. Just before the call that SIGTERM_AT names, such as "answer 3", the signal is sent.
 FORKED = f"""
-import itertools, os, signal, sys
+import os, signal, sys
 from transformers import trainer
 
 trainer.is_datasets_available = lambda: False  # the project's folder datasets/ looks like the package
 sys.path.insert(0, {str(FOLDER)!r})
 import train
 
-def answer(*arguments, calls=itertools.count(1), real=train.answer):
-    if next(calls) == int(os.environ.get("SIGTERM_AT", 0)):
-        os.kill(os.getpid(), signal.SIGTERM)
-    return real(*arguments)
+def watched(name, function, calls=0):
+    def call(*arguments):
+        nonlocal calls
+        calls += 1
+        if os.environ.get("SIGTERM_AT") == f"{{name}} {{calls}}":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments)
+    return call
 
-train.answer = answer
+train.answer = watched("answer", train.answer)  # is called for each batch of questions
+train.Trainer.training_step = watched("step", train.Trainer.training_step)
 train.main()
 """
 preload("accelerate.utils", "torchmetrics.functional.text", "transformers")
@@ -53,12 +62,8 @@ def packages():
             skip(f"{name} is missing: make question-answering sets it up")
 
 
-def questions(name, folder=FOLDER / "data"):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def metrics(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def weights(output, folder="model"):
@@ -66,7 +71,7 @@ def weights(output, folder="model"):
 
 
 def result(output):
-    return weights(output), metrics(output)
+    return weights(output), read(output / "metrics.jsonl")
 
 
 def train(folder, *flags, **changes):
@@ -74,47 +79,17 @@ def train(folder, *flags, **changes):
     return fork(folder, "forked/train.py", *FLAGS, *flags, **ONE_THREAD | changes)
 
 
-def results(processes):
-    """Wait for processes. Returns their exit codes and logs."""
-    return zip(*(process.end(60) for process in processes), strict=True)
-
-
 # --- the data
 
 
-def test_every_answer_stands_in_its_text():
-    for question in (q for name in FILES for q in questions(name)):
+def test_every_answer_stands_in_its_text_and_no_text_measured_with_is_learned_from():
+    training, validation = (read(FOLDER / "data" / name) for name in FILES)
+    for question in training + validation:
         assert question.keys() == {"context", "question", "answer"}
         assert re.search(rf"(?<!\w){re.escape(question['answer'])}(?!\w)", question["context"]), question
-
-
-def test_no_question_is_there_twice_and_no_text_measured_with_is_learned_from():
-    training, validation = map(questions, FILES)
-    assert (len(training), len(validation)) == (246, 73)
-    assert len({q["question"] for q in training + validation}) == 246 + 73
+    assert len({q["question"] for q in training + validation}) == len(training + validation) == 246 + 73
     texts, others = ({q["context"] for q in part} for part in (training, validation))
     assert not texts & others
-    assert (len(texts), len(others)) == (50, 16)
-
-
-def test_the_page_says_how_far_one_gets_without_reading():
-    from torchmetrics.functional.text import squad
-
-    def words(text):
-        return set(re.findall(r"\w+", text.lower()))
-
-    given, wanted = [], []
-    for number, question in enumerate(questions(FILES[1])):
-        sentences = re.split(r"(?<=\.) ", question["context"])
-        most = max(sentences, key=lambda sentence: len(words(sentence) & words(question["question"])))
-        given.append({"id": str(number), "prediction_text": most})
-        wanted.append({"id": str(number), "answers": {"answer_start": [0], "text": [question["answer"]]}})
-    scores = squad(given, wanted)
-    row = "| the sentence that shares most words with the question | {exact_match:.0f} | {f1:.0f} |"
-    assert row.format(**scores) in (FOLDER / "README.md").read_text()
-
-
-# --- the files
 
 
 def test_the_trainer_is_short_and_its_pins_are_the_projects_own():
@@ -138,34 +113,27 @@ SHAPES = {  # two to train, and two with few positions
 }
 
 
-def make_tokenizer():
-    """Return one that has learned 600 tokens from the example's questions."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    bpe, texts = ByteLevelBPETokenizer(), [" ".join(question.values()) for question in questions(FILES[0])]
-    bpe.train_from_iterator(texts, 600, 0, special_tokens=["<pad>", "</s>"], show_progress=False)
-    # Not bpe itself, which is only a front of what is in it.
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="</s>")
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A project of 40 + 12 questions, and the untrained models of SHAPES."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny")
     for name in ("data", "forked"):
         (folder / name).mkdir()
     (folder / "forked" / "train.py").write_text(FORKED)
     for name, count in zip(FILES, (40, 12), strict=True):
-        few = questions(name)[:count]
+        few = read(FOLDER / "data" / name)[:count]
         for number, question in enumerate(few):  # so even a tiny model gets some right
             question |= {"context": question["context"][:60]} | ({"answer": "Docker"} if number % 4 else {})
         few[3]["question"] = QUESTION
         (folder / "data" / name).write_text("".join(json.dumps(question) + "\n" for question in few))
-    tokenizer = make_tokenizer()
+    bpe = ByteLevelBPETokenizer()
+    texts = [" ".join(question.values()) for question in read(FOLDER / "data" / FILES[0])]
+    bpe.train_from_iterator(texts, 600, 0, special_tokens=["<pad>", "</s>"], show_progress=False)
+    # Not bpe itself, which is only a front of what is in it.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", eos_token="</s>")
     size = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     torch.manual_seed(0)
     for kind, shape in SHAPES.items():
@@ -180,22 +148,17 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def trainer(tiny, monkeypatch):
     """The trainer as a module, in the folder of the tiny project."""
-    import torch
-
     monkeypatch.chdir(tiny)
     monkeypatch.syspath_prepend(FOLDER)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
     # pytest can import from the project's folder, so datasets/ looks like the package of this name.
     monkeypatch.setattr("transformers.trainer.is_datasets_available", lambda: False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield importlib.import_module("train")
+    with mnist.state_restored():  # variables, signals and the log
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+        yield importlib.import_module("train")
     torch.set_num_threads(threads)
-    logging.disable(logging.NOTSET)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -234,7 +197,7 @@ def trained(tiny):
 def test_a_training_leaves_figures_of_each_epoch_a_checkpoint_and_a_model(trained, kind):
     log, output = trained[kind]
     assert {path.name for path in output.iterdir()} == {"metrics.jsonl", "checkpoint-60", "model"}
-    lines = metrics(output)
+    lines = read(output / "metrics.jsonl")
     assert [line["epoch"] for line in lines] == list(range(7))
     assert lines[0]["f1"] < 20 < lines[-1]["exact_match"] <= lines[-1]["f1"] <= 100
     for line in lines:
@@ -247,18 +210,11 @@ def test_a_training_leaves_figures_of_each_epoch_a_checkpoint_and_a_model(traine
     assert json.loads((output / "model" / "config.json").read_text())["use_cache"]
 
 
-@pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_stopped_and_resumed_it_ends_with_the_same_bytes(tiny, trained, kind):
-    flags = ("--model", kind, "--output-dir", f"{kind}-stopped")
-    command = ["forked/train.py", *FLAGS, *flags]
-    process = Fork(command, tiny / f"{kind}.log", tiny, clean_environment(**ONE_THREAD))
-    process.until("Epoch 1")
-    process.send_signal(signal.SIGTERM)
-    code, log = process.end()
+def test_stopped_and_resumed_it_ends_with_the_same_bytes(tiny, trained):
+    output, flags = tiny / "stopped", ("--model", "llama", "--output-dir", "stopped")
+    code, log = train(tiny, *flags, SIGTERM_AT="step 15")
     assert code == 143, log
     assert log.endswith("Stopped by a signal. --resume goes on from the checkpoint\n")
-    output = tiny / f"{kind}-stopped"
-    (stopped,) = output.glob("checkpoint-*")
     # What a kill leaves of later checkpoints is passed over, and so is what is none.
     foreign = {f"checkpoint-{end}" for end in ("foo", "", "61-old")}
     for name in {f"checkpoint-{number}" for number in (58, 59, 60, 61)} | foreign:
@@ -266,22 +222,22 @@ def test_stopped_and_resumed_it_ends_with_the_same_bytes(tiny, trained, kind):
     for number, state in ((59, '{"epoch": 5.9,\n'), (60, "{}"), (61, "[]")):
         (output / f"checkpoint-{number}" / "trainer_state.json").write_text(state)
     (output / "checkpoint-62").touch()  # no folder
-    shutil.copytree(tiny / kind, tiny / "elsewhere" / f"my-{kind}")
-    code, log = train(tiny, *flags, "--resume", "--model", tiny / "elsewhere" / f"my-{kind}")
-    assert code == 0 and f"Resuming from {kind}-stopped/{stopped.name}\n" in log, log
+    shutil.copytree(tiny / "llama", tiny / "elsewhere" / "my-llama")
+    code, log = train(tiny, *flags, "--resume", "--model", tiny / "elsewhere" / "my-llama")
+    assert code == 0 and "Resuming from stopped/checkpoint-15\n" in log, log
     assert {path.name for path in output.glob("checkpoint-*")} == foreign | {"checkpoint-60", "checkpoint-62"}
-    assert result(output) == result(trained[kind][1])
+    assert result(output) == result(trained["llama"][1])
 
 
-@pytest.mark.parametrize("epoch", [1, 6])
-def test_a_signal_while_it_is_measured_loses_no_figure(tiny, trained, epoch):
-    flags = ("--model", "llama", "--output-dir", f"measured-{epoch}")
-    code, log = train(tiny, *flags, SIGTERM_AT=2 * epoch + 1)  # there are two batches of questions
-    assert code == 143, log
-    output = tiny / f"measured-{epoch}"
-    assert [line["epoch"] for line in metrics(output)] == list(range(epoch))
-    assert [path.name for path in output.glob("checkpoint-*")] == [f"checkpoint-{10 * epoch}"]
-    code, log = train(tiny, *flags, "--resume")
+def test_a_signal_while_it_is_measured_loses_no_figure(tiny, trained):
+    output, flags = tiny / "measured", ("--model", "llama", "--output-dir", "measured", "--resume")
+    # There are two batches of questions. What is resumed in epoch 1 measures that once more.
+    for epoch, batch in ((1, 3), (6, 11)):
+        code, log = train(tiny, *flags, SIGTERM_AT=f"answer {batch}")
+        assert code == 143, log
+        assert [line["epoch"] for line in read(output / "metrics.jsonl")] == list(range(epoch))
+        assert [path.name for path in output.glob("checkpoint-*")] == [f"checkpoint-{10 * epoch}"]
+    code, log = train(tiny, *flags)
     assert code == 0, log
     assert result(output) == result(trained["llama"][1])
 
@@ -289,16 +245,13 @@ def test_a_signal_while_it_is_measured_loses_no_figure(tiny, trained, epoch):
 def test_a_new_training_takes_the_place_of_the_old_one_from_its_start(main, tiny, trained):
     output = shutil.copytree(trained["llama"][1], tiny / "again")
     flags = ("--model", "llama", "--output-dir", "again", "--epochs", 1, "--seed", 7)
-    code, _ = train(tiny, *flags, SIGTERM_AT=1)  # before it trains, a signal ends it at once
+    code, _ = train(tiny, *flags, SIGTERM_AT="answer 1")  # before it trains, a signal ends it at once
     assert code == -signal.SIGTERM
     assert not list(output.glob("checkpoint-*"))  # which --resume would go on from
     code, log = main(*FLAGS, *flags, "--resume")
     assert code == 0 and "No checkpoint in again yet: starting afresh" in log, log
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-10"]
-    assert len(metrics(output)) == 2
-    code, log = main(*FLAGS, *flags, "--seed", 1, "--output-dir", "again-1")
-    assert code == 0, log
-    assert weights(output) != weights(tiny / "again-1")
+    assert len(read(output / "metrics.jsonl")) == 2
 
 
 def test_resuming_a_finished_training_changes_nothing(main, tiny, trained):
@@ -316,16 +269,12 @@ def test_a_question_of_ones_own_is_answered_in_one_line(main, trained):
 # --- the model that is kept
 
 
-def test_the_model_of_the_best_epoch_is_kept_also_if_the_training_is_resumed(
-    trainer, main, tmp_path, monkeypatch
-):
-    from torch import tensor
-
+def test_the_model_of_the_best_epoch_is_kept_also_over_a_resume(trainer, main, tmp_path, monkeypatch):
     def measure(*_):
         f1 = planned.pop(0)
         if len(planned) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return {"exact_match": tensor(0.0), "f1": tensor(f1)}
+        return {"exact_match": torch.tensor(0.0), "f1": torch.tensor(f1)}
 
     planned = [10.0, 65.0, 65.0, 60.0, 64.0, 40.0]  # of the equal ones, the later is better trained
     output = tmp_path / "output"
@@ -343,19 +292,11 @@ def test_the_model_of_the_best_epoch_is_kept_also_if_the_training_is_resumed(
 
 
 def test_at_whatever_instant_saving_is_killed_there_is_a_whole_model(trainer, main, tmp_path, monkeypatch):
-    import torch
-
-    class Kill(BaseException):
-        pass
-
-    def until_killed(step):
-        def wrapped(*arguments, **options):
-            nonlocal steps
-            if (steps := steps - 1) < 0:
-                raise Kill
-            return step(*arguments, **options)
-
-        return wrapped
+    def or_killed(step, *arguments, **options):
+        nonlocal steps
+        if (steps := steps - 1) < 0:
+            raise KeyboardInterrupt
+        return step(*arguments, **options)
 
     folder = tmp_path / "output" / "model"
     old, tokenizer = trainer.load("llama")
@@ -366,11 +307,11 @@ def test_at_whatever_instant_saving_is_killed_there_is_a_whole_model(trainer, ma
         trainer.save(old, tokenizer, folder)
         steps = survived
         with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", until_killed(os.replace))
-            patch.setattr(shutil, "rmtree", until_killed(shutil.rmtree))
+            patch.setattr(os, "replace", partial(or_killed, os.replace))
+            patch.setattr(shutil, "rmtree", partial(or_killed, shutil.rmtree))
             try:
                 trainer.save(new, tokenizer, folder)
-            except Kill:
+            except KeyboardInterrupt:
                 found, _ = trainer.load(folder)
                 seen.add((folder.exists(), bool(found.lm_head.weight.any())))
                 assert folder.exists() or main("--ask", "What?", "--context", "This.")[0] == 0
@@ -392,56 +333,51 @@ def test_a_training_does_not_replace_the_model_that_it_starts_from(main, tiny, t
 
 @pytest.fixture(scope="module")
 def by_two(tiny, trained):
-    """A training of two processes that goes on from the trained tiny model."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    """The output folder of a training of two processes that goes on from the trained tiny model."""
+    torchrun = (torch.distributed.run.__file__, "--standalone", "--nproc-per-node", 2)
     flags = ("--model", "llama-whole/model", "--output-dir", "two")
-    code, log = run(tiny, *torchrun, *TRAIN, *flags, **ONE_THREAD)
-    assert code == 0, log
-    return log, tiny / "two"
+    code, log = fork(tiny, *torchrun, *TRAIN, *flags, **ONE_THREAD)
+    assert code == 0 and len(log.splitlines()) == 2 + 7 + 4, log  # one of them prints
+    return tiny / "two"
 
 
-def test_figures_do_not_depend_on_the_number_of_processes_and_one_of_them_prints(trained, by_two):
-    before, after = metrics(trained["llama"][1])[-1], metrics(by_two[1])[0]
+def test_figures_do_not_depend_on_the_number_of_processes(trained, by_two):
+    before, after = read(trained["llama"][1] / "metrics.jsonl")[-1], read(by_two / "metrics.jsonl")[0]
     assert 0 < after["f1"] < 100
     assert before | {"epoch": 0} == after
-    assert len(by_two[0].splitlines()) == 2 + 7 + 4, by_two[0]
 
 
-def pods(folder, *flags, outputs=("pods", "pods"), kind=Fork):
-    """Start two processes with what the operator of a PyTorchJob sets."""
+def pods(folder, *flags, outputs=("pods", "pods"), **changes):
+    """Start two processes with what the operator of a PyTorchJob sets, and changes for the second."""
     job = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | ONE_THREAD
-    program = ["forked/train.py"] if kind is Fork else [sys.executable, FOLDER / "train.py"]
-    command = [*program, *FLAGS, "--model", "llama-whole/model", *flags, "--output-dir"]
+    command = ["forked/train.py", *FLAGS, "--model", "llama-whole/model", *flags, "--output-dir"]
     return [
-        kind([*command, output], folder / f"{rank}.log", cwd=folder, env=clean_environment(RANK=rank, **job))
-        for rank, output in enumerate(outputs)
+        Fork([*command, output], folder / f"{rank}.log", folder, clean_environment(RANK=rank, **environment))
+        for rank, (output, environment) in enumerate(zip(outputs, (job, job | changes), strict=True))
     ]
 
 
 def test_pods_of_a_pytorchjob_stop_together_and_resume_with_the_bytes_that_torchrun_gets(tiny, by_two):
-    processes = pods(tiny, kind=Process)
-    processes[0].until("Epoch 1")
-    processes[1].send_signal(signal.SIGTERM)  # which the other is not sent
-    codes, logs = results(processes)
-    assert codes == (143, 143), logs
+    codes, logs = end(pods(tiny, SIGTERM_AT="step 8"))
+    assert codes == [143, 143], logs
     assert logs[0].endswith("Stopped by a signal. --resume goes on from the checkpoint\n") and not logs[1]
-    codes, logs = results(pods(tiny, "--resume"))
-    assert codes == (0, 0) and "Resuming from pods/checkpoint-" in logs[0], logs
-    assert result(tiny / "pods") == result(by_two[1])
+    codes, logs = end(pods(tiny, "--resume"))
+    assert codes == [0, 0] and "Resuming from pods/checkpoint-8\n" in logs[0], logs
+    assert result(tiny / "pods") == result(by_two)
 
 
 def test_a_lost_pod_ends_the_other_with_one_line(tiny, by_two):
     processes = pods(tiny, "--epochs", 100, outputs=["lost", "lost"])
     processes[0].until("Epoch 1")
     processes[1].kill()
-    codes, logs = results(processes)
-    assert codes == (1, -signal.SIGKILL)
+    codes, logs = end(processes)
+    assert codes == [1, -signal.SIGKILL]
     assert logs[0].splitlines()[-1].startswith("train.py: "), logs[0]
 
 
 def test_pods_that_do_not_share_the_checkpoint_say_so(tiny, by_two):
-    codes, logs = results(pods(tiny, "--resume", outputs=["two", "elsewhere"]))
-    assert codes == (1, 1), logs
+    codes, logs = end(pods(tiny, "--resume", outputs=["two", "elsewhere"]))
+    assert codes == [1, 1], logs
     assert all("not all processes see the same checkpoint in " in log for log in logs)
 
 
@@ -487,25 +423,28 @@ def test_a_wrong_command_line_is_refused_with_code_2(main, flags):
     assert sentence.splitlines()[-1].startswith("train.py: error: ")
 
 
-UNANSWERED = [
-    '{"context": "A text", "question": "What?"}',
-    '{"context": "A", "question": "B", "answer": " "}',
-]
+def with_line_7(line, folder, name):
+    """Return the folder of data in which a line of one of FILES is this one."""
+    data = shutil.copytree("data", folder / name)
+    lines = (data / name).read_text().splitlines()
+    (data / name).write_text("\n".join([*lines[:6], line, *lines[7:]]))
+    return data
+
+
+UNANSWERED = ['{"context": "A", "question": "B"}', '{"context": "A", "question": "B", "answer": " "}']
 OTHERWISE_BAD = ['{"context": "A text", "question": ', '["A text", "What?", "this"]', ""]
 OTHERWISE_BAD += ['{"context": "A", "question": "B", "answer": 7}']
 OTHERWISE_BAD += ['{"context": "\\ud800", "question": "B", "answer": "C"}']
 
 
-@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("line", UNANSWERED + OTHERWISE_BAD)
-def test_a_bad_line_is_named(main, tiny, tmp_path, name, line):
-    data = shutil.copytree(tiny / "data", tmp_path / "data")
-    lines = (data / name).read_text().splitlines()
-    (data / name).write_text("\n".join([*lines[:6], line, *lines[6:]]))
-    code, sentence = main("--data-dir", data)
-    assert (code, len(sentence.splitlines())) == (1, 1)
+def test_a_bad_line_is_named(main, tmp_path, line):
     wrong = "has no answer" if line in UNANSWERED else "is not an object of texts in JSON"
-    assert sentence.startswith(f"train.py: {data / name}, line 7 {wrong}")
+    for name in FILES:
+        data = with_line_7(line, tmp_path, name)
+        code, sentence = main("--data-dir", data)
+        assert (code, len(sentence.splitlines())) == (1, 1)
+        assert sentence.startswith(f"train.py: {data / name}, line 7 {wrong}")
 
 
 def test_a_missing_or_empty_file_is_named(main, tiny, tmp_path):
@@ -516,26 +455,21 @@ def test_a_missing_or_empty_file_is_named(main, tiny, tmp_path):
     assert main("--data-dir", data)[1].startswith(f"train.py: {data / FILES[1]} is empty")
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bart"])
-def test_a_text_that_is_longer_than_a_model_can_read_is_named_before_it_trains(main, tiny, tmp_path, kind):
-    shutil.copytree(tiny / kind, tmp_path / "output" / "model")
-    said = r"%s is too long: \d{4} tokens, and the model takes 128"
+def test_a_text_that_is_longer_than_a_model_can_read_is_named_before_it_trains(main, tiny, tmp_path):
+    said = r"train.py: %s is too long: \d{4} tokens, and the model takes 128"
+    text = {"context": "This.", "question": "What?", "answer": "This"}
     for field, name in zip(("context", "question"), FILES, strict=True):
-        data = shutil.copytree(tiny / "data", tmp_path / name)
-        lines = (data / name).read_text().splitlines()
-        lines[6] = json.dumps(json.loads(lines[6]) | {field: "word " * 1000})
-        (data / name).write_text("\n".join(lines))
-        code, sentence = main("--model", kind, "--data-dir", data)
-        assert code == 1 and re.fullmatch("train.py: " + said % f"{data / name}, line 7", sentence), sentence
+        data = with_line_7(json.dumps(text | {field: "word " * 1000}), tmp_path, name)
+        code, sentence = main("--model", "gpt2", "--data-dir", data)
+        assert code == 1 and re.fullmatch(said % f"{data / name}, line 7", sentence), sentence
+    shutil.copytree(tiny / "gpt2", tmp_path / "output" / "model", dirs_exist_ok=True)
     code, sentence = main("--ask", "What?", "--context", "word " * 1000)
-    assert code == 1 and re.fullmatch("train.py: " + said % "--context", sentence), sentence
+    assert code == 1 and re.fullmatch(said % "--context", sentence), sentence
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bart"])
 @pytest.mark.parametrize("field", ["context", "answer"])
 def test_a_text_as_long_as_a_model_can_read_is_learned_and_answered(trainer, monkeypatch, kind, field):
-    import torch
-
     monkeypatch.setattr(trainer, "LONGEST", 4)
     model, tokenizer = trainer.load(kind)
     question = {"context": "a", "question": "What?", "answer": "a", "source": "it"}
@@ -568,11 +502,12 @@ def test_a_folder_without_a_good_model_is_named(main, tiny, tmp_path, missing):
     assert sentence.startswith(f"train.py: cannot load the model {folder}: ")
 
 
-def test_where_no_hub_is_reached_the_default_model_is_named_and_what_to_do(tiny, tmp_path):
-    # The library reads these variables when it is loaded, so this is no fork.
-    code, log = run(tiny, *TRAIN, "--output-dir", tmp_path, **ONE_THREAD, HF_HUB_CACHE=tmp_path)
-    assert (code, len(log.splitlines())) == (1, 2)
-    assert "\ntrain.py: cannot load the model google/flan-t5-small: " in log and "(--model DIR)" in log
+def test_where_no_hub_is_reached_the_default_model_is_named_and_what_to_do(main, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    code, sentence = main()
+    assert code == 1 and "(--model DIR)" in sentence
+    assert sentence.startswith("train.py: cannot load the model google/flan-t5-small: ")
 
 
 def test_an_untrained_model_is_neither_asked_nor_looked_for_on_the_hub(main, tmp_path, monkeypatch):
@@ -609,9 +544,9 @@ def real(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     for name in ("get_model.py", "train.py"):
         shutil.copy(FOLDER / name, folder)
-    shutil.copytree(FOLDER / "data", folder / "data")
+    (folder / "data").mkdir()
     for name, few in zip(FILES, (slice(None, None, 3), slice(16)), strict=True):
-        lines = (folder / "data" / name).read_text().splitlines(keepends=True)
+        lines = (FOLDER / "data" / name).read_text().splitlines(keepends=True)
         (folder / "data" / name).write_text("".join(lines[few]))
     code, log = run(folder, "get_model.py", timeout=300, **ONE_THREAD)
     assert (code, log.splitlines()[-1]) == (0, str(folder / "smollm2")), log
@@ -623,7 +558,7 @@ def real(tiny, tmp_path_factory):
 
 @pytest.mark.timeout(1800)
 def test_a_pretrained_model_learns_to_answer_about_texts_it_has_never_seen(real):
-    before, after = metrics(real / "output")
+    before, after = read(real / "output" / "metrics.jsonl")
     assert after["f1"] > 40
     assert after["f1"] > before["f1"] + 25
     assert after["exact_match"] > before["exact_match"] + 20
