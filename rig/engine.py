@@ -17,9 +17,8 @@ from rig.project import ROOT
 BASE_IMAGE = "python:3.11-slim"  # the Dockerfile's default
 DISK_SPACE = 20e9  # bytes: both images, what is built on the way, and some air
 BUILD = ("--network=host", "--build-arg=UV_TORCH_BACKEND")  # of which this environment knows the value
-SHARING = (
-    "--env=OMP_WAIT_POLICY=PASSIVE"  # so a container's threads do not spin either: see tests/conftest.py
-)
+# No thread of a container spins either, as in tests/conftest.py, and none waits for another.
+SHARING = ("--env=OMP_WAIT_POLICY=PASSIVE", "--env=OMP_NUM_THREADS=1")
 PERSON = 1234  # who uses an engine of our own, for people seldom are root
 
 
@@ -63,9 +62,9 @@ class Engine:
         assert code == 0, output
         return output
 
-    def build(self, tag, *arguments, context=ROOT):
-        """Build an image, and return what was printed."""
-        return self.must("build", *BUILD, "--tag", tag, *arguments, context, timeout=900)
+    def build(self, tag, *arguments, context):
+        """Build an image."""
+        self.must("build", *BUILD, "--tag", tag, *arguments, context, timeout=900)
 
 
 @contextmanager
@@ -94,8 +93,9 @@ def own_docker():
     folder = Path(tempfile.mkdtemp(prefix="engine.", dir="/var/tmp"))  # not /tmp: that may be in memory
     folder.chmod(0o711)
     socket = f"unix://{folder}/socket"
+    data, disk = folder / "data", folder / "disk"
     command = ["dockerd", "--host", socket, "--group", str(PERSON), "--pidfile", folder / "pid"]
-    command += ["--data-root", folder / "data", "--exec-root", folder / "exec"]
+    command += ["--data-root", data, "--exec-root", folder / "exec"]
     command += ["--iptables=false", "--ip-forward=false"]
     # Not docker0: tests in another file may have an engine, too, and delete its bridge when they end.
     bridge, address = f"engine{os.getpid()}", f"10.99.{os.getpid() % 256}.1/24"
@@ -103,6 +103,13 @@ def own_docker():
     try:
         if shutil.disk_usage(folder).free < DISK_SPACE:
             skip(f"images need {DISK_SPACE / 1e9:.0f} GB of free disk space in {folder.parent}")
+        # Where that can be, all images are in one file: a hundred thousand may take minutes to remove.
+        data.mkdir()
+        if shutil.which("mkfs.ext4"):
+            disk.touch()
+            os.truncate(disk, 2 * int(DISK_SPACE))
+            subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", disk])
+            subprocess.run(["mount", "-o", "loop,noatime,noinit_itable", disk, data])
         subprocess.run(["ip", "link", "add", bridge, "type", "bridge"], check=True)
         subprocess.run(["ip", "address", "add", address, "dev", bridge], check=True)
         with open(folder / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as daemon:
@@ -154,7 +161,7 @@ def with_packages(engine):
     there = engine.must("run", "--rm", "--network=none", "--entrypoint=ls", BASE_IMAGE, "/usr/local/lib")
     if packages.parent.name not in there.split():
         pytest.skip(f"{BASE_IMAGE} has another Python than {packages}")
-    return f"--volume={packages}:/packages:ro", "--env=PYTHONPATH=/packages", SHARING
+    return f"--volume={packages}:/packages:ro", "--env=PYTHONPATH=/packages", *SHARING
 
 
 def mounts_below(folder):

@@ -4,16 +4,20 @@ import gzip
 import hashlib
 import io
 import json
+import os
+import re
+import runpy
 import socket
-import subprocess
+import sys
 import tarfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from threading import Thread
+from unittest.mock import patch
 
 import requests
 
-from rig.processes import free_port, need, run
+from rig.processes import Process, clean_environment, free_port, need
 from rig.project import ROOT
 
 APPEND = ROOT / "docker" / "append.py"
@@ -34,21 +38,49 @@ def running_registry(folder, images=None, tls=None, **auth):
     http = {"addr": address} | ({"tls": {"certificate": str(tls), "key": str(tls)}} if tls else {})
     settings = {"version": 0.1, "storage": storage, "http": http, "auth": auth}
     (folder / "config.yml").write_text(json.dumps(settings))  # which is YAML, too
-    command = ["docker-registry", "serve", folder / "config.yml"]
-    with open(folder / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        try:
-            for _ in range(100):
-                if "listening on" in (folder / "log").read_text():
-                    break
-                time.sleep(0.1)
-            yield address
-        finally:
-            process.terminate()
+    process = Process(["docker-registry", "serve", folder / "config.yml"], folder / "log")
+    try:
+        assert process.until("listening on"), process.output
+        yield address
+    finally:
+        process.kill_all()
 
 
 def append(folder, base, image, *more, **environment):
-    """Run docker/append.py in `folder`. Returns (exit code, all that it printed)."""
-    return run(folder, APPEND, "--base", base, "--image", image, *more, **environment)
+    """Run docker/append.py in `folder`, in this process. Returns (exit code, all that it printed)."""
+    arguments = [str(word) for word in (APPEND, "--base", base, "--image", image, *more)]
+    said, here = io.StringIO(), os.getcwd()
+    with (
+        redirect_stdout(said),
+        redirect_stderr(said),
+        patch.dict(os.environ, clean_environment(**environment), clear=True),
+        patch.object(sys, "argv", arguments),
+        patch.object(sys, "path", [str(APPEND.parent), *sys.path]),
+    ):
+        os.chdir(folder)
+        try:
+            runpy.run_path(str(APPEND), run_name="__main__")
+            return 0, said.getvalue()
+        except SystemExit as end:
+            if isinstance(end.code, int):
+                return end.code, said.getvalue()
+            return 1, f"{said.getvalue()}{end}\n"
+        finally:
+            os.chdir(here)
+
+
+def pushed(folder, base, image, *more, **environment):
+    """Run docker/append.py where it must succeed, and return the digest of what it has pushed."""
+    code, output = append(folder, base, image, *more, **environment)
+    assert code == 0 and re.fullmatch(rf"{re.escape(image)}@sha256:\w{{64}}\n", output), output
+    return output.partition("@")[2].strip()
+
+
+def sentence(folder, base, image, *more, **environment):
+    """Run docker/append.py where it must fail, and return the only line that it prints."""
+    code, output = append(folder, base, image, *more, **environment)
+    assert code == 1 and output.startswith("append.py: ") and output.count("\n") == 1, output
+    return output
 
 
 def layer(**entries):
@@ -76,19 +108,26 @@ def upload(url, contents):
     return {"digest": digest_of(contents), "size": len(contents)}
 
 
+def put_manifest(url, tag, kind, manifest):
+    """Upload a manifest below the address of a repository, and return what an index says of it."""
+    body = json.dumps(manifest).encode()
+    answer = requests.put(f"{url}/manifests/{tag}", data=body, headers={"Content-Type": kind})
+    answer.raise_for_status()
+    return {"mediaType": kind, "size": len(body), "digest": digest_of(body)}
+
+
 def push_image(address, name, layers, architecture="amd64", **settings):
     """Push an image with these layers and settings, and return its full name."""
     path, tag = name.split(":")
     url = f"http://{address}/v2/{path}"
     diffs = [digest_of(gzip.decompress(each)) for each in layers]
-    config = {"os": "linux", "architecture": architecture, "config": settings}
+    config = {"os": "linux", "architecture": architecture, "config": settings or None}
     config["rootfs"] = {"type": "layers", "diff_ids": diffs}
     kind = "application/vnd.docker.container.image.v1+json"
     manifest = {"schemaVersion": 2, "mediaType": MANIFEST}
     manifest["config"] = {"mediaType": kind} | upload(url, json.dumps(config).encode())
     manifest["layers"] = [{"mediaType": LAYER} | upload(url, each) for each in layers]
-    headers = {"Content-Type": MANIFEST}
-    requests.put(f"{url}/manifests/{tag}", json.dumps(manifest), headers=headers).raise_for_status()
+    put_manifest(url, tag, MANIFEST, manifest)
     return f"{address}/{name}"
 
 
