@@ -170,8 +170,11 @@ def test_every_picture_is_drawn_on_the_screen(notebook):
 # --- Coming and going -----------------------------------------------------------------------------
 
 
-def start_training(browser, lab):
-    """Train once more, in another page of the same notebook, and return it while it trains."""
+def start_training(browser, lab, project):
+    """Train once more, in another page of the same notebook: slowly, until the file `slow` is removed."""
+    step, slower = "self.optimizer.zero_grad()", "time.sleep(0.2 * Path('slow').exists())"
+    (project / "mnist.py").write_text((ROOT / "mnist.py").read_text().replace(step, f"{step}; {slower}"))
+    (project / "slow").touch()
     page = browser.new_page()
     open_notebook(page, lab)
     run_cell(page, "remove-old-results")
@@ -191,10 +194,11 @@ def wait_until_it_says(page, name, words):
     page.wait_for_function(f"([n, words]) => ({SAID})(n)?.includes(words)", arg=[ORDER.index(name), words])
 
 
-def test_a_training_that_is_interrupted_says_how_to_go_on_and_goes_on(notebook, lab, browser):
-    page = start_training(browser, lab)
+def test_a_training_that_is_interrupted_says_how_to_go_on_and_goes_on(notebook, lab, browser, project):
+    page = start_training(browser, lab, project)
     choose(page, "Kernel", "Interrupt Kernel")
     wait_until_it_says(page, "run-the-trainer", "Stopped by a signal. --resume goes on")
+    (project / "slow").unlink()
     run_cell(page, "check-the-run")
     wait_until_it_says(page, "check-the-run", "write --resume at the end of its command")
     run_cell(page, "run-the-trainer", add=" --resume")
@@ -204,8 +208,9 @@ def test_a_training_that_is_interrupted_says_how_to_go_on_and_goes_on(notebook, 
     page.close()
 
 
-def test_a_page_that_is_closed_while_it_trains_loses_only_what_is_printed(notebook, lab, browser):
-    start_training(browser, lab).close()
+def test_a_page_that_is_closed_while_it_trains_loses_only_what_is_printed(notebook, lab, browser, project):
+    start_training(browser, lab, project).close()
+    (project / "slow").unlink()
     page = browser.new_page()
     open_notebook(page, lab)
     run_cell(page, "check-the-run")
