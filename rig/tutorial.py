@@ -5,11 +5,13 @@ import io
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
+import IPython
 import nbformat
 from matplotlib import image as png
 
-from rig.processes import run
+from rig.processes import fork
 from rig.project import ROOT, make_small_project
 
 NOTEBOOK = ROOT / "notebooks" / "mnist.ipynb"
@@ -20,53 +22,49 @@ SHOWN = "\n".join(cell.source for cell in CODE if cell.id != "define-write-a-dig
 PICTURES = PADS + len(re.findall(r"^ *show\(", SHOWN, re.MULTILINE))
 PROSE = "\n".join(cell.source for cell in CELLS.values() if cell.cell_type == "markdown")
 
+ORDER = [cell.id for cell in CODE]
 PARTS = [cell.id for cell in CODE if re.match(r"%%writefile .*\$TRAINER_FILE", cell.source)]
 
 # Those that write files, those that these need, and the last chapters: they run on a slice of the data.
-ON_A_SLICE = [
-    "go-to-the-project",
-    "parameters",
-    "check-the-parameters",
-    "load-the-trainer",
-    *PARTS,
-    "remove-old-results",
-    "run-the-trainer",
-    "check-the-run",
-    "give-memory-back",
-    "run-several-processes",
-    "check-several-processes",
-    "define-step",
-    "build-the-image",
-    "append-to-the-image",
-    "manifest",
-    "put-parameters-into-the-manifest",
-    "read-the-manifest",
-    "check-the-cluster",
-    "claim-a-volume",
-    "create-the-job",
-    "name-of-the-job",
-    "define-wait-for",
-    "describe-the-job",
-    "list-the-pods",
-    "follow-the-log",
-    "wait-for-the-end",
-    "delete-the-job",
-]
-WITHOUT_TRAINING = [
-    name for name in ON_A_SLICE if name not in PARTS and not re.search("results|run|memory|processes", name)
-]
+WITHOUT_TRAINING = ["go-to-the-project", "parameters", "check-the-parameters", "load-the-trainer"]
+TO_THE_TRAINING = [*WITHOUT_TRAINING, *PARTS, "remove-old-results", "run-the-trainer", "check-the-run"]
+WITHOUT_TRAINING += ORDER[ORDER.index("define-step") :]
+ON_A_SLICE = [name for name in ORDER if name in {*TO_THE_TRAINING, *WITHOUT_TRAINING}]
+
+SMALLER = {"epochs: int = 5": "epochs: int = 2", "[:8000]": "[:1280]"}
+END = "All cells have been run."
 
 
-def save(notebook_cells, folder, name="mnist"):
-    """Save cells as the notebook of the project in `folder`."""
+def save(folder, names, *more, changes=SMALLER, parameters=()):
+    """Save these cells, and more, as the notebook of the project in `folder`; by default, it trains for less.
+
+    `changes` are of texts in the cells, `parameters` of the values that the cell of this name has set.
+    """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    notebook.cells = notebook_cells
+    notebook.cells = [CELLS[name].copy() for name in names]
     for cell in notebook.cells:
-        cell.pop("outputs", None)
+        for old, new in changes.items():
+            cell.source = cell.source.replace(old, new)
+        if cell.id == "parameters":
+            cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters)
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+    notebook.cells += map(nbformat.v4.new_code_cell, more)
     (folder / "notebooks").mkdir(exist_ok=True)
-    nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
+    nbformat.write(notebook, folder / "notebooks" / "mnist.ipynb")
+
+
+def run_cells(folder, names, *more, changes=SMALLER, parameters=(), **environment):
+    """Save cells, and let IPython run them up to the first that fails, much sooner than papermill would.
+
+    Returns (exit code, all that was printed).
+    """
+    save(folder, names, *more, f"print({END!r})", changes=changes, parameters=parameters)
+    ipython = Path(IPython.__file__).with_name("__main__.py")
+    flags = ("--colors=nocolor", "--simple-prompt", "--HistoryManager.enabled=False")
+    command = (ipython, *flags, "notebooks/mnist.ipynb")
+    _, output = fork(folder, *command, timeout=300, **{"MPLBACKEND": "agg", **environment})
+    return int(END not in output), output
 
 
 def submit_in(folder, names=WITHOUT_TRAINING, change=("", ""), parameters=(), **environment):
@@ -74,26 +72,13 @@ def submit_in(folder, names=WITHOUT_TRAINING, change=("", ""), parameters=(), **
     project = folder / "project"
     for name in ("kubernetes", "docker"):
         shutil.copytree(ROOT / name, project / name, dirs_exist_ok=True)
-    cells = [CELLS[name].copy() for name in names]
-    for cell in cells:
-        cell.source = cell.source.replace(*change)
-    save(cells, project)
-    arguments = ("notebooks/mnist.ipynb", folder / "out.ipynb", "-p", "submit", "True", "--log-output")
-    arguments += tuple(word for parameter in parameters for word in ("-p", *parameter))
-    return run(project, "-m", "papermill", *arguments, DOCKER_HOST="unix:///nowhere", **environment)
-
-
-def save_small(folder, names, *more, name="mnist"):
-    """Save these cells, and more, as the notebook of a small project, which trains for a shorter time."""
-    cells = {name: CELLS[name].copy() for name in names}
-    for cell in cells.values():
-        cell.source = cell.source.replace("epochs: int = 5", "epochs: int = 2").replace("[:8000]", "[:1280]")
-    save([*cells.values(), *map(nbformat.v4.new_code_cell, more)], folder, name)
+    how = {"changes": dict([change]), "parameters": [("submit", True), *parameters]}
+    return run_cells(project, names, **how, DOCKER_HOST="unix:///nowhere", **environment)
 
 
 def make_small_tutorial(folder, train=5350, test=1000):
     """Make `folder` a project with all of the notebook; its few digits have the mean and deviation of all."""
-    save_small(make_small_project(folder, train, test), CELLS)
+    save(make_small_project(folder, train, test), CELLS)
     return folder
 
 

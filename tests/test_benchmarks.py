@@ -36,10 +36,10 @@ def test_contenders_run_and_leave_all_figures(tmp_path):
     assert f"{bench.table(results)}\n" in output
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_reported_in_a_sentence():
-    code, output = run(ROOT, "benchmarks/bench.py", "--gpu", "--images", 256)
-    assert (code, output) == (1, "bench.py: PyTorch finds no NVIDIA GPU here: leave out --gpu\n")
+def test_a_missing_gpu_is_reported_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(bench, "prepare", lambda: "")  # it finds none
+    with pytest.raises(SystemExit, match=r"^bench\.py: PyTorch finds no NVIDIA GPU here: leave out --gpu$"):
+        bench.main(["--gpu", "--images", "256"])
 
 
 def test_all_but_jax_use_the_gpu_if_asked_to():
@@ -68,7 +68,7 @@ def test_a_contender_that_is_not_installed_is_listed(tmp_path, monkeypatch):
 
 
 def test_a_contender_that_has_done_enough_is_stopped(tmp_path):
-    program = "import time; print('Epoch: 1'); print('accuracy=0.99'); time.sleep(2); open('{}', 'w')"
+    program = "import time; print('Epoch: 1'); print('accuracy=0.99'); time.sleep(30); open('{}', 'w')"
     slow = peer(tmp_path, program.format(tmp_path / "not stopped"))
     seen = bench.run(slow, 9, threads=1, enough=lambda epochs: True)
     assert seen["error"] is None and [epoch["accuracy"] for epoch in seen["epochs"]] == [0.99]
@@ -80,7 +80,7 @@ def test_a_peers_first_epoch_begins_when_it_is_ready_and_that_of_mnist_when_it_p
     of_peer = bench.run(peer(tmp_path, program), 1, threads=1)
     monkeypatch.setattr(bench.Contender, "command", lambda self, *rest: [tmp_path / "peer.py"])
     of_ours = bench.run(bench.OURS, 1, threads=1)
-    assert of_peer["epochs"][0]["seconds"] < 0.9 <= of_ours["epochs"][0]["seconds"]
+    assert of_peer["epochs"][0]["seconds"] < 0.5 <= of_ours["epochs"][0]["seconds"]
     assert min(of_peer["start_up"], of_ours["start_up"]) > 0.9
 
 

@@ -47,9 +47,8 @@ def test_what_holds_is_said(tmp_path):
     assert checks["sigterm"]["seen"].startswith("the same bits, interrupted after ")
 
 
-@pytest.fixture
-def broken(tmp_path):
-    """A copy of the project whose trainer forgets its momentum and learning rate when it resumes."""
+def test_what_fails_is_named_and_hides_nothing(tmp_path):
+    """In a copy of the project whose trainer forgets its momentum and learning rate when it resumes."""
     for path in (PROGRAM, "rig/__init__.py", "rig/project.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
@@ -57,11 +56,7 @@ def broken(tmp_path):
     trainer, loop = (ROOT / "mnist.py").read_text(), "        for name in STATES:\n"
     assert trainer.count(loop) == 1
     (tmp_path / "mnist.py").write_text(trainer.replace(loop, loop.replace("STATES", "STATES[:2]")))
-    return tmp_path
-
-
-def test_what_fails_is_named_and_hides_nothing(broken):
-    code, output, checks = tried(broken, broken, "sigterm", "nccl")
+    code, output, checks = tried(tmp_path, tmp_path, "sigterm", "nccl")
     assert code == 1, output
     assert {name: row["state"] for name, row in checks.items()} == {"sigterm": "failed", "nccl": "not tried"}
     assert checks["sigterm"]["seen"].startswith("Tensor-likes are not equal!")

@@ -74,4 +74,4 @@ def test_a_slow_link_takes_about_what_the_model_says(hosts, tmp_path):
     seen = measure_hosts(link, tmp_path, steps=2, seconds=0.02)
     assert 0.8 < 1000 * seen["large"] / TRUE.all_reduce(link, ALL_REDUCES["large"]) < 2
     assert 0.8 < 1000 * seen["step"] / TRUE.step(link, 20) < 2
-    assert 0.02 <= seen["compute"] < 0.1
+    assert 0.02 <= seen["compute"] < 0.2
