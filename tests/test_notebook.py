@@ -386,11 +386,23 @@ def test_without_digits_and_without_a_network_a_sentence_says_what_to_do(tmp_pat
             execute("load-the-data", Path=Path, torch=torch, torchvision=torchvision)
 
 
+def test_unpacked_digits_alone_are_read_too(small, monkeypatch):
+    for packed in (small / RAW).glob("*.gz"):
+        packed.unlink()
+    monkeypatch.chdir(small)
+    assert len(execute("load-the-data", Path=Path, torch=torch, torchvision=torchvision)["digits"]) == 1000
+
+
 def test_every_text_is_read_and_written_as_utf_8():
     """Whatever the language of the machine: elsewhere, Python may take another encoding."""
     for source in [*(cell.source for cell in CODE if cell.id not in PARTS), *EXERCISES.values()]:
         for call in re.findall(r"\b(?:read_text|write_text|open)\(.*", source):
             assert "encoding=" in call or call.startswith("open(raw"), call
+
+
+def test_no_cell_has_a_form_that_jupytext_loses():
+    """It takes an assignment from a command for a comment, and some of its formats drop last blank lines."""
+    assert [cell.id for cell in CODE if re.search(r"^ *\w+ = [!%]|\n\Z", cell.source, re.MULTILINE)] == []
 
 
 def test_percent_run_changes_no_variable_of_the_notebook():
