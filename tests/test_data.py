@@ -80,6 +80,7 @@ def test_the_data_are_all_digits_as_bytes_with_the_statistics_that_the_trainer_k
 def test_packed_and_unpacked_files_are_the_same_data_and_reading_writes_nothing(small, packed):
     """Root may write anywhere, so this looks at what reading does, not at permissions."""
     expected = mnist.load_mnist(small / "datasets")
+    assert [images.shape for images, _ in expected] == [(1000, 28, 28), (500, 28, 28)]
     keep(small / RAW, mnist.FILES[:packed])
     before = contents_of(small / RAW)
     for part, of_expected in zip(mnist.load_mnist(small / "datasets"), expected, strict=True):

@@ -192,7 +192,7 @@ def test_the_metrics_are_those_of_the_steps_and_of_the_test(digits, tmp_path, ca
 def test_a_resumed_epoch_goes_on_in_its_clock_its_log_and_its_saves(digits, tmp_path, monkeypatch, caplog):
     """The clock is looked at once before the first step, once after each of the five, and once at the end."""
     caplog.set_level("INFO")
-    seconds = count()
+    seconds = count(1)
     monkeypatch.setattr(mnist, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     args = settings_for(tmp_path, batch_size=10, checkpoint_interval=3, log_interval=2)
     trainer, resumed = (new_trainer(batch_size=10) for _ in range(2))
