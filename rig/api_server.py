@@ -253,22 +253,16 @@ def listed_pods(job, state):
 
 
 def pod(name, container, phase, labels):
-    return {
-        "kind": "Pod",
-        "apiVersion": "v1",
-        "metadata": {"name": name, "namespace": "default", "labels": labels},
-        "spec": {"containers": [{"name": container, "image": "stand-in"}]},
-        "status": {"phase": phase},
-    }
+    metadata = {"name": name, "namespace": "default", "labels": labels}
+    spec = {"containers": [{"name": container, "image": "stand-in"}]}
+    return {"kind": "Pod", "apiVersion": "v1", "metadata": metadata, "spec": spec, "status": {"phase": phase}}
 
 
 def table(pods):
     """Return pods as the table that kubectl prints."""
     columns = [{"name": name, "type": "string"} for name in ("Name", "Ready", "Status", "Restarts", "Age")]
-    rows = [
-        {"cells": [pod["metadata"]["name"], "1/1", pod["status"]["phase"], "0", "34s"], "object": pod}
-        for pod in pods
-    ]
+    cells = [[pod["metadata"]["name"], "1/1", pod["status"]["phase"], "0", "34s"] for pod in pods]
+    rows = [{"cells": each, "object": pod} for each, pod in zip(cells, pods, strict=True)]
     return {"kind": "Table", "apiVersion": "meta.k8s.io/v1", "columnDefinitions": columns, "rows": rows}
 
 
@@ -289,14 +283,9 @@ def discovery(path):
             for offer in [{"groupVersion": version, "version": version.split("/")[1]}]
         ]
         return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
+    verbs = ["create", "delete", "get", "list", "patch"]
     resources = [
-        {
-            "name": plural,
-            "singularName": kind.lower(),
-            "namespaced": not plural.startswith("cluster"),
-            "kind": kind,
-            "verbs": ["create", "delete", "get", "list", "patch"],
-        }
+        {"name": plural, "kind": kind, "verbs": verbs, "namespaced": not plural.startswith("cluster")}
         for plural, (version, kind) in KINDS.items()
         if version == ROOTS[path]
     ]

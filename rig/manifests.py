@@ -18,9 +18,10 @@ from decimal import Decimal
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-import jsonschema
 import kubernetes_validate
 import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
 from kubeflow_katib_api.models import V1beta1Experiment
 
 import mnist
@@ -81,20 +82,22 @@ def check_schema(manifest):
     kind, version = manifest["kind"], manifest["apiVersion"]
     if kind in OPERATORS:
         assert version == OPERATORS[kind], f"the version of {kind} is not {OPERATORS[kind]}"
-        jsonschema.validate(manifest, operator_schema(kind))
+        if error := best_match(operators_validator(kind).iter_errors(manifest)):
+            raise error
     else:
         kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
 
 
 @cache
-def operator_schema(kind):
-    """Return the schema of an operator's kind; one that allows everything where MNIST_CRD_DIR is not set."""
+def operators_validator(kind):
+    """Return what knows the schema of an operator's kind; without MNIST_CRD_DIR, it may allow everything."""
+    schema = {}
     if kind == "Experiment":  # Katib's resource definition describes no field
-        return strict(V1beta1Experiment.model_json_schema())
-    if not CRDS:
-        return {}
-    (file,) = Path(CRDS).glob(f"{kind.lower()}s.*.json")
-    return strict(json.loads(file.read_text())["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+        schema = V1beta1Experiment.model_json_schema()
+    elif CRDS:
+        (file,) = Path(CRDS).glob(f"{kind.lower()}s.*.json")
+        schema = json.loads(file.read_text())["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    return Draft202012Validator(strict(schema))
 
 
 def strict(schema):

@@ -18,7 +18,6 @@ class Pod:
     service: str  # the others know it by this
     variables: dict
     spec: dict
-    restart_policy: str = "OnFailure"
 
     @property
     def container(self):
@@ -52,9 +51,7 @@ def pytorchjob_pods(job):
             variables["PET_NNODES"] = f"{elastic['minReplicas']}:{elastic['maxReplicas']}"
             variables["PET_MAX_RESTARTS"] = str(elastic["maxRestarts"])
         pod = f"{name}-{role.lower()}-{index}"
-        replica = replicas[role]
-        template = replica.get("template", {}).get("spec", {})
-        pods.append(Pod(pod, pod, variables, template, replica.get("restartPolicy", "OnFailure")))
+        pods.append(Pod(pod, pod, variables, replicas[role].get("template", {}).get("spec", {})))
     return pods
 
 
@@ -68,21 +65,15 @@ def trainjob_pods(job):
     container |= {field: trainer[field] for field in ("image", "command", "args", "env") if field in trainer}
     container["resources"] = trainer["resourcesPerNode"]
     names = [f"{name}-node-0-{index}" for index in range(trainer["numNodes"])]
-    return [
-        Pod(
-            pod,
-            f"{pod}.{name}",
-            {
-                "PET_NNODES": str(len(names)),
-                "PET_NPROC_PER_NODE": str(trainer["numProcPerNode"]),
-                "PET_NODE_RANK": str(rank),
-                "PET_MASTER_ADDR": f"{names[0]}.{name}",
-                "PET_MASTER_PORT": str(PORT_OF_TRAINER_2),
-            },
-            spec | {"containers": [container]},
-        )
-        for rank, pod in enumerate(names)
-    ]
+    variables = {
+        "PET_NNODES": str(len(names)),
+        "PET_NPROC_PER_NODE": str(trainer["numProcPerNode"]),
+        "PET_MASTER_ADDR": f"{names[0]}.{name}",
+        "PET_MASTER_PORT": str(PORT_OF_TRAINER_2),
+    }
+    spec = spec | {"containers": [container]}
+    ranks = [{"PET_NODE_RANK": str(rank)} for rank in range(len(names))]
+    return [Pod(n, f"{n}.{name}", variables | rank, spec) for n, rank in zip(names, ranks, strict=True)]
 
 
 def backoff_limit(job):
@@ -92,18 +83,12 @@ def backoff_limit(job):
     return job["spec"].get("runPolicy", {}).get("backoffLimit")
 
 
-def state_of(job, phases, restarts):
-    """Return Running, Succeeded or Failed, from the phases and the restarts of its pods, in their order."""
-    succeeded = [phase == "Succeeded" for phase in phases]
-    enough = all
-    if "Master" in job["spec"].get("pytorchReplicaSpecs", {}):
-        succeeded = succeeded[:1]
-    elif "elasticPolicy" in job["spec"]:
-        enough = any
-    if enough(succeeded):
+def state_of(job, succeeded, restarts):
+    """Return Running, Succeeded or Failed: which pods have succeeded, and their restarts, in their order."""
+    enough = any if "elasticPolicy" in job["spec"] else all
+    with_master = "Master" in job["spec"].get("pytorchReplicaSpecs", {})
+    if enough(succeeded[:1] if with_master else succeeded):
         return "Succeeded"
     limit = backoff_limit(job)
-    count = sum(n for n, phase in zip(restarts, phases, strict=True) if phase == "Running")
-    if "Failed" in phases or (limit is not None and count >= max(1, limit)):
-        return "Failed"
-    return "Running"
+    count = sum(n for n, ended in zip(restarts, succeeded, strict=True) if not ended)
+    return "Failed" if limit is not None and count >= max(1, limit) else "Running"

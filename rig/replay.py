@@ -70,8 +70,8 @@ class Replay(Network):
 
     @property
     def state(self):
-        phases, restarts = zip(*((pod.phase, pod.restarts) for pod in self.pods), strict=True)
-        return state_of(self.manifest, phases, restarts)
+        succeeded = [pod.process.poll() == 0 for pod in self.pods]
+        return state_of(self.manifest, succeeded, [pod.restarts for pod in self.pods])
 
     def run_until(self, printed, timeout=300):
         """Go on until a text is printed, or the job has come to its end. Returns its state."""
@@ -124,16 +124,9 @@ class RunningPod:
     def restarts(self):
         return len(self.processes) - 1
 
-    @property
-    def phase(self):
-        code = self.process.poll()
-        if code is None or (code and self.pod.restart_policy in ("Always", "OnFailure")):
-            return "Running"
-        return "Failed" if code else "Succeeded"
-
     def restart_if_needed(self):
-        """Restart the container in place, as a kubelet does under the pod's restart policy."""
-        if self.phase == "Running" and self.process.poll() is not None:
+        """Restart the container in place, as a kubelet does: the pods' restartPolicy is OnFailure."""
+        if self.process.poll():
             self.ended = self.ended or time.monotonic()
             if time.monotonic() > self.ended + RESTART_AFTER:
                 self.start()
@@ -193,8 +186,7 @@ class RunningPod:
         """Return the image's variables, then the manifest's, then the operator's, which win."""
         variables = {"PATH": f"{sys.prefix}/bin:/usr/bin:/bin", "HOSTNAME": self.name}
         variables |= dict(word.split("=") for line in dockerfile("ENV") for word in line.split())
-        defaults = dict(line.split("=", 1) for line in dockerfile("ARG") if "=" in line)
-        variables["TRAINER"] = defaults["TRAINER"]
+        (variables["TRAINER"],) = (line[8:] for line in dockerfile("ARG") if line.startswith("TRAINER="))
         for variable in self.pod.container.get("env", []):
             source = variable.get("valueFrom", {}).get("resourceFieldRef", {}).get("resource")
             assert source in (None, "limits.cpu"), f"the replay does not know {source}"

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import re
 import shutil
 import signal
 import socket
@@ -18,8 +19,6 @@ import mnist
 from rig.processes import Fork, clean_environment, fork, need, serving
 from rig.project import RAW, ROOT
 
-NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-
 
 def contents_of(folder):
     """Return what is in the files of a folder, by their names and the time of their last change."""
@@ -29,13 +28,7 @@ def contents_of(folder):
 def keep(folder, packed):
     """Keep of each of the four files the packed one, if its name is in `packed`, or the unpacked one."""
     for name in mnist.FILES:
-        contents = (folder / name).read_bytes()
-        (folder / name).unlink()
-        (folder / f"{name}.gz").unlink(missing_ok=True)
-        if name in packed:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(contents, 1))
-        else:
-            (folder / name).write_bytes(contents)
+        (folder / (name if name in packed else f"{name}.gz")).unlink()
 
 
 @pytest.fixture
@@ -71,17 +64,13 @@ def test_the_repository_has_the_files_whose_sums_stand_beside_them_and_torchvisi
     assert list(sums) == mnist.FILES
 
 
-def test_the_data_are_all_digits_as_bytes():
+def test_the_data_are_all_digits_as_bytes_with_the_statistics_that_the_trainer_knows():
     (images, labels), (test_images, test_labels) = mnist.load_mnist(ROOT / "datasets")
     assert images.shape == (60_000, 28, 28) and test_images.shape == (10_000, 28, 28)
     assert images.dtype == test_images.dtype == torch.uint8
     assert labels.dtype == test_labels.dtype == torch.int64
     assert labels[:5].tolist() == [5, 0, 4, 1, 9] and test_labels[:5].tolist() == [7, 2, 1, 0, 4]
     assert labels.bincount().min() == 5421 and labels.bincount().max() == 6742
-
-
-def test_the_trainers_constants_are_the_statistics_of_the_training_pixels():
-    (images, _), _ = mnist.load_mnist(ROOT / "datasets")
     pixels = images.float() / 255
     assert round(pixels.mean().item(), 4) == mnist.MEAN
     assert round(pixels.std().item(), 4) == mnist.STD
@@ -91,6 +80,7 @@ def test_the_trainers_constants_are_the_statistics_of_the_training_pixels():
 def test_packed_and_unpacked_files_are_the_same_data_and_reading_writes_nothing(small, packed):
     """Root may write anywhere, so this looks at what reading does, not at permissions."""
     expected = mnist.load_mnist(small / "datasets")
+    assert [images.shape for images, _ in expected] == [(1000, 28, 28), (500, 28, 28)]
     keep(small / RAW, mnist.FILES[:packed])
     before = contents_of(small / RAW)
     for part, of_expected in zip(mnist.load_mnist(small / "datasets"), expected, strict=True):
@@ -117,25 +107,19 @@ def test_sums_are_read_as_the_program_sha256sum_writes_and_checks_them(small):
             assert sha256sum("--check", "SHA256SUMS").count(": OK") == 4, text
 
 
-@pytest.mark.parametrize("kind", ["empty", "of another folder", "of three files", "of the archives"])
+@pytest.mark.parametrize("kind", ["empty", "of another folder", "of three files", "of archives", "UTF-16"])
 def test_a_file_for_which_there_is_no_sum_is_named_and_not_trained_on(small, kind):
     listed = small / RAW / "SHA256SUMS"
-    lines = listed.read_text().splitlines(keepends=True)
+    whole = listed.read_text()
     texts = {
         "empty": "",
-        "of another folder": "".join(lines).replace("  ", "  raw/"),
-        "of three files": "".join(line for line in lines if "t10k-labels" not in line),
-        "of the archives": "".join(lines).replace("-ubyte", "-ubyte.gz"),
+        "of another folder": whole.replace("  ", "  raw/"),
+        "of three files": re.sub(".*t10k-labels.*\n", "", whole),
+        "of archives": whole.replace("-ubyte", "-ubyte.gz"),
+        "UTF-16": whole,  # PowerShell's >
     }
-    listed.write_text(texts[kind])
-    with pytest.raises(ValueError, match=rf"{small / RAW}/t.*-ubyte has no line in SHA256SUMS"):
-        mnist.load_mnist(small / "datasets")
-
-
-def test_sums_that_are_not_utf8_are_a_sentence_about_them(small):
-    listed = small / RAW / "SHA256SUMS"
-    listed.write_text(listed.read_text(), encoding="utf-16")  # PowerShell's >
-    with pytest.raises(ValueError, match=r"has no line in SHA256SUMS.*UTF-8"):
+    listed.write_text(texts[kind], encoding=kind if kind == "UTF-16" else "UTF-8")
+    with pytest.raises(ValueError, match=rf"{small / RAW}/t.*-ubyte has no line in SHA256SUMS.*UTF-8"):
         mnist.load_mnist(small / "datasets")
 
 
@@ -155,32 +139,10 @@ def test_a_damaged_file_is_named_with_what_to_do(small, packed, damage):
         if damage == "missing":
             path.unlink()
         what_to_do = "No such file" if damage == "missing" else "put a good copy there"
-        with pytest.raises(
-            (OSError, ValueError), match=f"{what_to_do}.*{RAW / name}|{RAW / name}.*{what_to_do}"
-        ):
+        with pytest.raises((OSError, ValueError)) as refused:
             mnist.load_mnist(small / "datasets")
+        assert what_to_do in str(refused.value) and str(RAW / name) in str(refused.value)
         path.write_bytes(intact)
-
-
-def test_damage_ends_the_program_in_one_line_and_stays_as_it_is(small):
-    path = small / RAW / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:-1])
-    before = contents_of(small / RAW)
-    code, log = fork(small, "mnist.py")
-    assert code == 1 and len(log.splitlines()) == 2  # the first says how it was started
-    assert log.splitlines()[-1].startswith(
-        f"mnist.py: {RAW / path.name} does not match SHA256SUMS: put a good copy"
-    )
-    assert contents_of(small / RAW) == before and not (small / "output/checkpoint.pt").exists()
-
-
-def test_what_is_no_set_of_digits_is_refused_even_with_its_sums(small):
-    labels = small / RAW / "train-labels-idx1-ubyte"
-    labels.write_bytes(labels.read_bytes()[:-1] + b"\x0a")
-    sums = mnist.checksums(small / RAW) | {labels.name: hashlib.sha256(labels.read_bytes()).hexdigest()}
-    (small / RAW / "SHA256SUMS").write_text("".join(f"{sum}  {name}\n" for name, sum in sums.items()))
-    with pytest.raises(ValueError, match="a label from 0 to 9"):
-        mnist.load_mnist(small / "datasets")
 
 
 def idx(kind, shape, values):
@@ -196,12 +158,9 @@ FOREIGN = {
     "int32 labels": (LABELS, idx(12, (1000,), bytes(4000)), "int32"),
     "an unknown type": (LABELS, idx(7, (1000,), bytes(1000)), "something else"),
     "an array of numpy's": (IMAGES, b"\x93NUMPY" + bytes(900), "something else"),
-    "a byte too many": (
-        LABELS,
-        idx(8, (1000,), bytes(1001)),
-        "1001 numbers, but announces 1000",
-    ),
+    "a byte too many": (LABELS, idx(8, (1000,), bytes(1001)), "1001 numbers, but announces 1000"),
     "a byte too few": (LABELS, idx(8, (1000,), bytes(999)), "999 numbers, but announces 1000"),
+    "a label of 10": (LABELS, idx(8, (1000,), bytes(999) + b"\x0a"), "a label from 0 to 9"),
     "a header cut off": (LABELS, b"\0\0\x08\x01\0", "each image must have"),
     "nothing": (LABELS, b"", "something else"),
     "no digits": (LABELS, idx(8, (0,), b""), "each image must have"),
@@ -222,19 +181,16 @@ def test_sound_files_of_another_type_are_told_apart_from_damaged_ones(small, kin
     assert str(small / RAW) in str(refused.value) and "damaged" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")]
-)
-def test_a_file_that_cannot_be_read_is_not_called_damaged(small, monkeypatch, error):
+def test_a_file_that_cannot_be_read_is_not_called_damaged(small, monkeypatch):
     """Root may read anything, so the error is made here."""
 
     def read_bytes(path):
-        raise type(error)(*error.args, str(path))
+        raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr("pathlib.Path.read_bytes", read_bytes)
-    with pytest.raises(OSError, match=error.args[1]) as refused:
+    with pytest.raises(OSError, match=rf"Input/output error.*{mnist.FILES[0]}") as refused:
         mnist.load_mnist(small / "datasets")
-    assert "damaged" not in str(refused.value) and mnist.FILES[0] in str(refused.value)
+    assert "damaged" not in str(refused.value)
 
 
 # --- Without sums: MNIST, or nothing
@@ -265,9 +221,8 @@ def test_another_data_set_is_never_overwritten_and_trained_on_once_it_has_sums(s
         mnist.load_mnist(small / "datasets")
     assert contents_of(small / RAW) == before and not mirror
     (small / RAW / "SHA256SUMS").write_text(sums)
-    code, log = fork(small, "mnist.py", "--dry-run", **NO_NETWORK)
-    assert code == 0 and "/500 (" in log
-    assert before.items() < contents_of(small / RAW).items()
+    assert mnist.load_mnist(small / "datasets")[1][0].shape == (500, 28, 28)
+    assert before.items() < contents_of(small / RAW).items() and not mirror
 
 
 def test_where_nothing_is_mnist_is_downloaded_as_a_line_says(tmp_path, mirror, caplog):
@@ -291,7 +246,8 @@ def test_who_finds_that_another_host_was_faster_takes_what_is_there(tmp_path, mi
 
 
 def test_a_download_that_fails_is_one_line_with_what_to_do(tmp_path):
-    code, log = fork(tmp_path, ROOT / "mnist.py", "--data-dir", "nowhere", **NO_NETWORK)
+    no_network = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    code, log = fork(tmp_path, ROOT / "mnist.py", "--data-dir", "nowhere", **no_network)
     assert code == 1 and len(log.splitlines()) == 3, log
     assert log.splitlines()[-1].startswith("mnist.py: cannot download MNIST")
     assert "put its four .gz files in nowhere/MNIST/raw" in log
@@ -337,6 +293,6 @@ def test_a_signal_in_the_download_leaves_nothing(tmp_path, number):
         process = Fork(command, log, tmp_path, clean_environment(no_proxy="127.0.0.1"))
         assert process.until(lambda: list(tmp_path.glob("data/MNIST/*/MNIST")))
         process.send_signal(number)
-        code, printed = process.end(10)
+        code, printed = process.end()
     assert code == 1 and printed.splitlines()[-1] == "mnist.py: KeyboardInterrupt"
     assert not list((tmp_path / "data/MNIST").iterdir())

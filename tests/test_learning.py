@@ -10,9 +10,10 @@ import os
 import re
 import shutil
 import time
-import zipfile
 from contextlib import nullcontext
+from itertools import chain, count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ import torch.nn.functional as F
 import mnist
 
 SAMPLES, TEST_SET = 50, (torch.arange(7 * 784).view(7, 28, 28).to(torch.uint8), torch.arange(7))
+# A whole epoch in a step, and all other hyper-parameters that a training may not change when it is resumed.
+CHANGED = {"batch_size": SAMPLES, "optimizer": "adadelta", "lr": 0.5, "gamma": 0.6, "momentum": 0.6}
+CHANGED |= {"label_smoothing": 0.2, "augment": False, "seed": 2}
 
 
 @pytest.fixture(scope="module")
@@ -119,62 +123,29 @@ def test_each_step_is_the_one_that_the_hyperparameters_ask_for(digits, rank, wor
                 was.copy_(weight.data.copy_(its_weight.data))
         assert trainer.samples_seen == SAMPLES and trainer.epoch == epoch
         trainer.next_epoch()
+        mnist.test(trainer.model, *TEST_SET)  # which changes nothing
     assert next(expected, None) is None, "steps are missing"
 
 
-def test_a_tenth_of_the_units_is_dropped_in_training_and_none_in_evaluation(digits):
-    model, seen = mnist.Net(), []
-    model.fc2.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
-    for training in (True, False):
-        model.train(training)(digits[0])
-    dropped, all_units = (units[seen[1] > 0] for units in seen)
-    kept = dropped > 0
-    torch.testing.assert_close(dropped[kept], all_units[kept] / 0.9)
-    assert len(kept) > 1000 and 0.07 < 1 - kept.float().mean() < 0.13
+def test_shares_are_disjoint_and_cover_the_set():
+    """In an epoch whose last batch cannot be shared evenly."""
+    shares = []
+    for rank in range(3):
+        trainer = new_trainer(rank, 3, batch_size=99, augment=False)
+        trainer.step = lambda digits, labels, scale: shares.append(labels.tolist()) or torch.zeros(())
+        list(trainer.train(torch.zeros(1000, 28, 28, dtype=torch.uint8), torch.arange(1000)))
+    assert sorted(chain(*shares)) == list(range(1000))
+    assert [len(share) for share in shares] == [99, 99, 99, 37, 99, 99, 99, 36, 99, 99, 99, 36]
 
 
-@pytest.mark.parametrize("batch_size", [7, 1000])
-def test_evaluation_gives_the_figures_of_all_images_at_once(digits, batch_size):
+@pytest.mark.parametrize("batch_size, world_size", [(7, 1), (1000, 1), (4, 2), (4, 3), (4, 7)])
+def test_evaluation_gives_the_figures_of_all_images_at_once(digits, batch_size, world_size):
     model = mnist.Net()
-    loss, correct = mnist.test(model, *digits, batch_size)
+    places = [Place("", rank, world_size) for rank in range(world_size)]
+    losses, correct = zip(*(mnist.test(model, *digits, batch_size, place) for place in places), strict=True)
     answers = model.eval()(digits[0])
-    assert loss == pytest.approx(F.nll_loss(answers, digits[1]).item(), rel=1e-4)
-    assert correct == sum(
-        int(answer.argmax()) == label for answer, label in zip(answers, digits[1], strict=True)
-    )
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_evaluation_takes_every_sample_once_whatever_the_number_of_processes(digits, world_size):
-    model = mnist.Net()
-    loss, correct = mnist.test(model, *digits)
-    parts = [mnist.test(model, *digits, 4, Place("", rank, world_size)) for rank in range(world_size)]
-    assert sum(part for part, _ in parts) == pytest.approx(loss, rel=1e-4)
-    assert sum(part for _, part in parts) == correct
-
-
-def test_a_test_in_between_does_not_change_what_is_learned(digits):
-    one, other = new_trainer(), new_trainer()
-    for epoch in (1, 2):
-        for trainer in (one, other):
-            trainer.begin(epoch)
-            list(trainer.train(*digits))
-            mnist.test(trainer.averaged_model, *TEST_SET)
-        mnist.test(one.model, *TEST_SET)
-    assert distance(one.model.parameters(), other.model.parameters()) == 0
-
-
-def test_random_numbers_are_new_for_each_purpose_epoch_batch_and_process(digits, monkeypatch):
-    seen, dropout, random_seed = [], [], mnist.random_seed
-    monkeypatch.setattr(mnist, "random_seed", lambda *purpose: seen.append(purpose) or random_seed(*purpose))
-    for rank in (0, 1):
-        trainer = new_trainer(rank, 2, batch_size=10)
-        for epoch in (1, 2):
-            trainer.begin(epoch)
-            dropout += [torch.initial_seed() for _ in trainer.train(*digits)]
-    assert len(set(dropout)) == len(dropout) == 2 * 2 * 3
-    # Those of dropout are a process's own, the others are the same for all.
-    assert len(set(seen)) == len(dropout) + 1 + 2 * 2 and len(seen) == len(set(seen)) + 1 + 2 * 2
+    assert sum(losses) == pytest.approx(F.nll_loss(answers, digits[1]).item(), rel=1e-4)
+    assert sum(correct) == (answers.argmax(dim=1) == digits[1]).sum()
 
 
 def test_the_model_answers_in_float32_also_where_it_multiplies_in_bfloat16(digits):
@@ -190,24 +161,11 @@ def test_who_is_asked_to_stop_does_so_before_the_next_batch(digits, where):
     trainer, batches = mnist.Trainer(mnist.Hyperparameters(batch_size=20), job), []
     trainer.model.register_forward_hook(lambda *_: batches.append(1) or setattr(job, "asked_to_stop", True))
     with pytest.raises(mnist.Stopped):
-        if where == "training":
-            list(trainer.train(*digits))
-        else:
-            mnist.test(trainer.model, *TEST_SET, batch_size=3, job=job)
+        list(trainer.train(*digits) if where == "training" else mnist.test(trainer.model, *TEST_SET, 3, job))
     assert len(batches) == 1
 
 
 # --- An epoch -----------------------------------------------------------------------------------
-
-
-class Clock:
-    """A clock that goes on by a second whenever somebody looks at it."""
-
-    now = 0.0
-
-    def perf_counter(self):
-        self.now += 1
-        return self.now
 
 
 def test_the_metrics_are_those_of_the_steps_and_of_the_test(digits, tmp_path, caplog):
@@ -225,29 +183,22 @@ def test_the_metrics_are_those_of_the_steps_and_of_the_test(digits, tmp_path, ca
         assert seconds > 0 and seen.pop("samples_per_second") == pytest.approx(SAMPLES / seconds)
         figures = {"train_loss": train_loss, "test_loss": test_loss, "accuracy": correct / 7}
         assert seen == pytest.approx({"epoch": epoch, "learning_rate": rate} | figures)
-        steps = [
-            f"Epoch: {epoch} ({share}) - Loss: {loss}"
-            for share, loss in zip(("  0.0%", " 33.3%", " 66.7%"), losses, strict=True)
-        ]
-        accuracy = f"Test accuracy: {correct}/7 ({correct / 7:6.1%})"
-        assert caplog.messages == [
-            *steps,
-            accuracy,
-            f"loss={test_loss:.4f}",
-            f"accuracy={correct / 7:.4f}",
-        ]
+        steps = zip(("  0.0%", " 33.3%", " 66.7%"), losses, strict=True)
+        lines = [f"Epoch: {epoch} ({share}) - Loss: {loss}" for share, loss in steps]
+        lines += [f"Test accuracy: {correct}/7 ({correct / 7:6.1%})"]
+        assert caplog.messages == [*lines, f"loss={test_loss:.4f}", f"accuracy={correct / 7:.4f}"]
 
 
 def test_a_resumed_epoch_goes_on_in_its_clock_its_log_and_its_saves(digits, tmp_path, monkeypatch, caplog):
     """The clock is looked at once before the first step, once after each of the five, and once at the end."""
     caplog.set_level("INFO")
-    monkeypatch.setattr(mnist, "time", Clock())
+    seconds = count(1)
+    monkeypatch.setattr(mnist, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     args = settings_for(tmp_path, batch_size=10, checkpoint_interval=3, log_interval=2)
     trainer, resumed = (new_trainer(batch_size=10) for _ in range(2))
     mnist.run_epoch(trainer, digits, TEST_SET, args, tmp_path)
-    assert [line[:17] for line in caplog.messages[:3]] == [
-        f"Epoch: 1 ({n})" for n in ("  0.0%", " 40.0%", " 80.0%")
-    ]
+    shown = ["Epoch: 1 (  0.0%)", "Epoch: 1 ( 40.0%)", "Epoch: 1 ( 80.0%)"]
+    assert [line[:17] for line in caplog.messages[:3]] == shown
     mnist.resume(resumed, mnist.read_checkpoint(tmp_path / "checkpoint.previous.pt"))
     assert (resumed.samples_seen, resumed.seconds) == (30, 3)
     caplog.clear()
@@ -258,14 +209,10 @@ def test_a_resumed_epoch_goes_on_in_its_clock_its_log_and_its_saves(digits, tmp_
 
 
 def test_three_processes_that_resume_have_the_loss_of_two_between_them(digits, tmp_path, caplog):
-    class WithAnother(Place):
-        def all_reduce(self, *numbers):
-            return [number + 5 for number in numbers]
-
     caplog.set_level("INFO")
     trainer = new_trainer()
     next(trainer.train(*digits))
-    trainer.job = WithAnother("", 0, 2)
+    trainer.job.world_size, trainer.job.all_reduce = 2, lambda loss: [loss + 5]  # that of the other one
     mnist.save(trainer, tmp_path)
     parts = [new_trainer(rank, 3) for rank in range(3)]
     for part in parts:
@@ -340,14 +287,20 @@ def test_each_flag_of_a_training_does_what_it_says(digits, tmp_path, monkeypatch
     checkpoint = mnist.load_checkpoint(tmp_path)
     first, *_ = train("folder", checkpoint=checkpoint, resume=True, epochs=2, save_model=True)
     assert first == "Resuming in epoch 2 after 0 samples"
-    kept = mnist.load_checkpoint(tmp_path)["averaged_model"]
+    resumed = mnist.load_checkpoint(tmp_path)
+    kept = resumed["averaged_model"]
     model = torch.load(tmp_path / "mnist_model.pt", weights_only=True)
     assert model.keys() == kept.keys() and all(torch.equal(model[name], kept[name]) for name in kept)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-    assert train("folder")[0].startswith("Epoch: 1 "), "without --resume, it starts afresh"
+    assert train("folder", epochs=2)[0].startswith("Epoch: 1 "), "without --resume, it starts afresh"
+    in_one_go = mnist.load_checkpoint(tmp_path)
+    assert all(torch.equal(in_one_go["averaged_model"][name], kept[name]) for name in kept)
+    for one, other in zip(*(each["progress"]["history"] for each in (resumed, in_one_go)), strict=True):
+        assert {name for name in one if one[name] != other[name]} <= {"seconds", "samples_per_second"}
     with pytest.raises(ValueError, match="--batch-size is too large: 60 in all processes, of 50 images"):
         train("folder", 0, 3)
-    train("folder", batch_size=SAMPLES)
+    train("folder", **CHANGED)
+    assert mnist.load_checkpoint(tmp_path)["hyperparameters"] == CHANGED | {"bf16": False}
 
 
 # --- A save -------------------------------------------------------------------------------------
@@ -380,11 +333,8 @@ def test_only_a_file_system_that_has_no_fsync_is_written_to_without_it(tmp_path,
 def test_the_first_reason_why_nothing_is_written_is_told(tmp_path, monkeypatch):
     """Not that of the cleaning up, which then fails too."""
 
-    def gone(_):
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-
     def full(_):
-        monkeypatch.setattr(Path, "unlink", gone)
+        monkeypatch.setattr(Path, "unlink", lambda path: os.rmdir(path / "nowhere"))
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     monkeypatch.setattr(os, "fsync", full)
@@ -472,18 +422,6 @@ def test_what_is_no_checkpoint_of_this_program_is_not_loaded(saved, monkeypatch,
     assert not (saved / "sprung").exists()
 
 
-@pytest.mark.parametrize("kind", ["a list", "weights alone", "PyTorch's old format", "another archive"])
-def test_what_is_another_thing_is_passed_over(saved, kind):
-    newest, checkpoint = saved / "checkpoint.pt", mnist.read_checkpoint(saved / "checkpoint.pt")
-    torch.save({"a list": [1, 2, 3], "weights alone": checkpoint["model"]}.get(kind, checkpoint), newest)
-    if kind == "PyTorch's old format":
-        torch.save(checkpoint, newest, _use_new_zipfile_serialization=False)
-    if kind == "another archive":
-        with zipfile.ZipFile(newest, "w") as archive:
-            archive.writestr("letter.txt", "not a checkpoint")
-    assert mnist.load_checkpoint(saved)["progress"]["samples_seen"] == 20
-
-
 def test_a_single_wrong_bit_is_noticed(saved):
     contents = bytearray((saved / "checkpoint.pt").read_bytes())
     contents[len(contents) // 2] ^= 1
@@ -507,22 +445,12 @@ def test_a_checkpoint_that_cannot_be_read_is_an_error_and_stays(saved, monkeypat
     assert len(list(saved.iterdir())) == 3
 
 
-@pytest.mark.parametrize(
-    "name, then, now",
-    [
-        ("batch_size", 20, 10),
-        ("lr", 0.1, 0.5),
-        ("gamma", 0.75, 0.6),
-        ("momentum", 0.9, 0.6),
-        ("label_smoothing", 0.1, 0.2),
-        ("augment", True, False),
-        ("seed", 1, 2),
-        ("optimizer", "sgd", "adadelta"),
-    ],
-)
-def test_a_checkpoint_of_other_hyperparameters_is_refused_by_name(saved, name, then, now):
-    with pytest.raises(ValueError, match=f"the checkpoint has {name} {then}, but this run has {now}"):
-        mnist.resume(new_trainer(**{name: now}), mnist.load_checkpoint(saved))
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_checkpoint_of_other_hyperparameters_is_refused_by_name(saved, name):
+    checkpoint = mnist.load_checkpoint(saved)
+    then = checkpoint["hyperparameters"][name]
+    with pytest.raises(ValueError, match=f"checkpoint has {name} {then}, but this run has {CHANGED[name]}"):
+        mnist.resume(new_trainer(**{name: CHANGED[name]}), checkpoint)
 
 
 def test_a_checkpoint_of_another_model_is_refused(saved):

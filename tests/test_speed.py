@@ -69,7 +69,7 @@ def test_a_step_of_training_is_no_slower_than_in_the_older_tutorial(digits, one_
             optimizer.step()
 
     # On a busy machine it was 0.98 to 1.02, although the trainer does more.
-    assert median_ratio(lambda: time_epoch(trainer, images, labels), older, pairs=12) < 1.25
+    assert median_ratio(lambda: time_epoch(trainer, images, labels), older, pairs=8) < 1.25
 
 
 def test_convolutions_get_channels_last(digits, trainer):
@@ -87,13 +87,11 @@ class NoNetwork(nn.Linear):
         return self.bias.expand(len(images), 10)
 
 
-# On busy machines it was 0.39 to 0.48, and 0.15 to 0.25 without distortions.
-@pytest.mark.parametrize("augment, bound", [(True, 0.65), (False, 0.4)])
-def test_images_come_from_memory(digits, one_thread, trainer, augment, bound):
+def test_images_come_from_memory(digits, one_thread, trainer):
     """A step without its network takes less time than decoding as many images one by one."""
     images, labels = (tensor[: 20 * 64] for tensor in digits)
     loader, _ = shared_torch.loaders(20 * 64)
-    trainer.hyperparameters.augment = augment
     # The average takes time to read all weights, so this network has hardly any.
     trainer.ddp_model = trainer.model = trainer.averaged_model = NoNetwork(1, 10)
-    assert median_ratio(lambda: time_epoch(trainer, images, labels), lambda: list(loader), pairs=12) < bound
+    # On busy machines it was 0.39 to 0.48, though images are distorted, too.
+    assert median_ratio(lambda: time_epoch(trainer, images, labels), lambda: list(loader), pairs=8) < 0.65

@@ -1,4 +1,4 @@
-"""What mnist.py promises when it trains: model, order, log, metrics, checkpoints at an epoch's end."""
+"""What mnist.py promises when it trains: model, parts, order, distortions, log, processes."""
 
 import ast
 import copy
@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import affine
 
 import mnist
-from rig.processes import fork, run
+from rig.processes import fork
 from rig.project import ROOT, make_small_project
 from rig.training import Training
 
@@ -25,7 +25,7 @@ from rig.training import Training
 def trained(small_template, tmp_path_factory):
     """Two epochs alone, as (log, output folder)."""
     output = tmp_path_factory.mktemp("trained")
-    code, log = run(small_template, "mnist.py", "--epochs", 2, "--save-model", "--output-dir", output)
+    code, log = fork(small_template, "mnist.py", "--epochs", 2, "--save-model", "--output-dir", output)
     assert code == 0, log
     return log, output
 
@@ -45,23 +45,6 @@ def same(one, other):
 # --- the model
 
 
-def by_hand():
-    """The same network written out as a chain of layers that expects normalised images [N, 1, 28, 28]."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(9216, 128),
-        nn.ReLU(),
-        nn.Dropout(0.1),
-        nn.Linear(128, 10),
-        nn.LogSoftmax(dim=1),
-    )
-
-
 def test_model_has_the_promised_parameters():
     model = mnist.Net()
     assert sum(p.numel() for p in model.parameters()) == 1_199_882
@@ -69,22 +52,20 @@ def test_model_has_the_promised_parameters():
     assert list(model.state_dict()) == names
 
 
-def test_model_computes_what_the_same_network_written_by_hand_computes():
-    model, chain = mnist.Net().eval(), by_hand().eval()
-    chain.load_state_dict(
-        dict(zip(chain.state_dict(), model.state_dict().values(), strict=True)), strict=True
-    )
+@pytest.mark.parametrize("training", [True, False])
+def test_model_computes_what_the_same_network_written_by_hand_computes(training):
+    """A chain of layers that takes normalised images [N, 1, 28, 28], and in training drops the same tenth."""
+    convolutions = (nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2))
+    linear = (nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 10), nn.LogSoftmax(dim=1))
+    model, chain = mnist.Net(), nn.Sequential(*convolutions, nn.Flatten(), *linear)
+    chain.load_state_dict(dict(zip(chain.state_dict(), model.state_dict().values(), strict=True)))
     images = torch.randint(256, (7, 28, 28), dtype=torch.uint8)
-    normalised = ((images / 255 - 0.1307) / 0.3081).unsqueeze(1)
-    torch.testing.assert_close(model(images), chain(normalised))
-    assert model(images).shape == (7, 10)
-
-
-def test_model_also_takes_a_batch_of_none():
-    """A process whose share of the last batch is empty takes part all the same."""
-    model = mnist.Net()
-    model(torch.empty(0, 28, 28, dtype=torch.uint8)).sum().backward()
-    assert model.conv1.weight.grad.abs().sum() == 0
+    answers = []
+    for network, its_images in ((model, images), (chain, (images[:, None] / 255 - 0.1307) / 0.3081)):
+        torch.manual_seed(1)  # of the dropout
+        answers.append(network.train(training)(its_images))
+    torch.testing.assert_close(*answers)
+    assert answers[0].shape == (7, 10)
 
 
 def test_importing_the_trainer_has_no_effect():
@@ -93,7 +74,6 @@ def test_importing_the_trainer_has_no_effect():
     harmless = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
     others = [node for node in tree.body[1:] if not isinstance(node, harmless)]
     assert [ast.unparse(node.test) for node in others] == ["__name__ == '__main__'"]
-    assert all(target.isupper() for target in re.findall(r"^(\w+)[, \w]* = ", ast.unparse(tree), re.M))
 
 
 # --- the parts
@@ -114,78 +94,28 @@ def test_the_file_has_eight_parts_and_neither_they_nor_their_functions_are_long(
     assert max(lengths.values()) <= 40
 
 
-def test_each_prefix_of_parts_imports_by_itself_and_lacks_nothing_that_it_names(tmp_path):
+def test_each_prefix_of_parts_lacks_nothing_that_it_names(tmp_path):
+    """The notebook imports each of them, and trains with the first three."""
     for number in range(len(PARTS)):
         (tmp_path / f"prefix{number}.py").write_text("".join(PARTS[: number + 1]))
-    # Each is a module of its own; only PyTorch, which takes its time, is loaded once for all.
-    for what in (
-        ["-m", "ruff", "check", "--isolated", "--select", "F821", "."],
-        ["-c", "; ".join(f"import prefix{number}" for number in range(len(PARTS)))],
-    ):
-        done = subprocess.run([sys.executable, *what], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0 and (what[0] == "-m" or not done.stdout), done.stdout + done.stderr
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_first_three_parts_are_a_trainer(small, tmp_path):
-    (tmp_path / "heart.py").write_text("".join(PARTS[:3]))
-    program = tmp_path / "program.py"
-    program.write_text("""
-import sys, heart
-(images, labels), test_set = heart.load_mnist(sys.argv[1])
-trainer = heart.Trainer(heart.Hyperparameters(batch_size=20))
-losses = []
-for epoch in (1, 2):
-    losses += [float(loss) for loss in trainer.train(images, labels)]
-    trainer.next_epoch()
-loss, correct = heart.test(trainer.averaged_model, *test_set)
-rate = trainer.scheduler.get_last_lr()[0]
-print(trainer.steps, len(losses), sum(losses[:5]) / 5, sum(losses[-5:]) / 5, correct, rate)
-""")
-    code, printed = fork(tmp_path, program, small / "datasets")
-    assert code == 0, printed
-    steps, yielded, first, last, correct, rate = map(float, printed.split())
-    assert steps == yielded == 100 and rate == pytest.approx(0.1 * 0.75**2)
-    assert first > 1.9 > 1.3 > last and correct > 300
+# --- order and distortions
 
-
-# --- random numbers
-
-
-def test_different_seeds_are_never_alike_in_anything():
-    """Python's hash takes -1 for -2, and n for n + 2**61 - 1."""
-    images, labels = torch.zeros(8, 28, 28, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
-    seen = []
-    for seed in (-2, -1, 0, 1, 1 + (2**61 - 1), 2**64 + 1, 2**70):
-        trainer = mnist.Trainer(mnist.Hyperparameters(seed=seed))
-        start = trainer.model.fc2.weight.flatten().tolist()
-        next(trainer.train(images, labels))
-        seen.append((
-            tuple(start),
-            tuple(mnist.epoch_order(50, seed, 1).tolist()),
-            tuple(mnist.epoch_distortions(50, seed, 1).flatten().tolist()),
-            torch.initial_seed(),  # of the dropout
-        ))  # fmt: skip
-    for numbers in zip(*seen, strict=True):
-        assert len(set(numbers)) == len(seen)
-
-
-# --- the order of samples
+# Python's hash takes -1 for -2, and n for n + 2**61 - 1.
+SEEDS_AND_EPOCHS = [(seed, epoch) for seed in (-2, -1, 1, 2**61, 2**70) for epoch in (1, 2)]
 
 
 def test_order_is_a_permutation_and_new_in_every_epoch_and_for_every_seed():
-    orders = [mnist.epoch_order(1000, seed, epoch) for seed in (-1, 1, 2, 2**70) for epoch in (1, 2)]
+    before = torch.get_rng_state()
+    orders = [mnist.epoch_order(1000, seed, epoch) for seed, epoch in SEEDS_AND_EPOCHS]
+    assert torch.equal(before, torch.get_rng_state()), "it also changes PyTorch's own random numbers"
     assert all(sorted(order.tolist()) == list(range(1000)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == len(orders)
-    assert torch.equal(orders[2], mnist.epoch_order(1000, seed=1, epoch=1))
-
-
-def test_order_leaves_the_global_random_numbers_alone():
-    before = torch.get_rng_state()
-    mnist.epoch_order(1000, 1, 1)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-# --- distorted digits
+    assert torch.equal(orders[4], mnist.epoch_order(1000, seed=1, epoch=1))
 
 
 def amounts(distortions):
@@ -197,7 +127,7 @@ def amounts(distortions):
 
 
 def test_distortions_fill_their_ranges_and_are_new_in_every_epoch_and_for_every_seed():
-    every = [mnist.epoch_distortions(5000, seed, epoch) for seed in (-1, 1, 2**70) for epoch in (1, 2)]
+    every = [mnist.epoch_distortions(5000, seed, epoch) for seed, epoch in SEEDS_AND_EPOCHS]
     for distortions in every:
         assert distortions.shape == (5000, 2, 3) and distortions.dtype == torch.float32
         turned, size, *_ = amounts(distortions)
@@ -209,7 +139,7 @@ def test_distortions_fill_their_ranges_and_are_new_in_every_epoch_and_for_every_
         each_by_itself = torch.corrcoef(torch.stack([turned, size, right, down])) - torch.eye(4)
         assert each_by_itself.abs().max() < 0.1
     assert len({tuple(distortions.flatten().tolist()) for distortions in every}) == len(every)
-    assert torch.equal(every[2], mnist.epoch_distortions(5000, 1, 1))
+    assert torch.equal(every[4], mnist.epoch_distortions(5000, seed=1, epoch=1))
 
 
 def test_a_distorted_digit_is_the_one_that_torchvision_makes():
@@ -217,27 +147,15 @@ def test_a_distorted_digit_is_the_one_that_torchvision_makes():
     distortions = mnist.epoch_distortions(50, 1, 1)
     distorted = mnist.distort(images, distortions)
     assert distorted.dtype == torch.float32 and distorted.shape == images.shape
-    for before, after, turned, size, right, down in zip(
-        images, distorted, *amounts(distortions), strict=True
-    ):
-        expected = affine(
-            before[None].float(),
-            turned.item(),
-            [right.item(), down.item()],
-            size.item(),
-            [0.0],
-            InterpolationMode.BILINEAR,
-        )
+    every = zip(images, distorted, *amounts(distortions), strict=True)
+    for before, after, turned, size, right, down in every:
+        moved, zoom = [right.item(), down.item()], size.item()
+        how = {"shear": [0.0], "interpolation": InterpolationMode.BILINEAR}
+        expected = affine(before[None].float(), turned.item(), moved, zoom, **how)
         assert torch.allclose(after, expected[0], atol=0.05)
 
 
-def test_a_distortion_that_changes_nothing_gives_the_same_digit():
-    images = mnist.load_mnist("datasets")[1][0][:50]
-    nothing = torch.eye(2, 3).expand(50, 2, 3)
-    assert torch.allclose(mnist.distort(images, nothing), images.float(), atol=0.01)
-
-
-# --- memory
+# --- a step
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's memory that is kept")
@@ -257,9 +175,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
     assert code == 0 and float(printed.splitlines()[-1]) < 500  # seen: up to 31, and 2,774 to 6,692 without
 
 
-# --- the average
-
-
 class Normalising(mnist.Net):
     """A network with a batch normalisation, which keeps a mean, a variance and a count, too."""
 
@@ -275,9 +190,8 @@ def test_what_a_batch_normalisation_counts_is_averaged_too(monkeypatch):
         trainer.step(torch.randint(256, (8, 28, 28), dtype=torch.uint8), torch.arange(8), scale=1 / 8)
     learned, averaged = trainer.model.conv1[1], trainer.averaged_model.conv1[1]
     assert averaged.num_batches_tracked == learned.num_batches_tracked == 30
-    assert (averaged.running_var - learned.running_var).abs().max() < 0.2 * (
-        1 - learned.running_var
-    ).abs().max()
+    apart, moved = averaged.running_var - learned.running_var, 1 - learned.running_var
+    assert apart.abs().max() < 0.2 * moved.abs().max()
 
 
 def test_several_processes_begin_with_the_network_as_it_is(tmp_path):
@@ -302,13 +216,6 @@ def test_no_batch_moves_the_weights_far():
     assert torch.cat([part.flatten() for part in moved]).norm().item() == pytest.approx(0.1 * 2, rel=1e-4)
 
 
-def test_the_model_and_its_average_are_both_kept(trained):
-    _, output = trained
-    checkpoint = torch.load(output / "checkpoint.pt", weights_only=True)
-    assert not same(checkpoint["model"], checkpoint["averaged_model"])
-    assert same(checkpoint["averaged_model"], torch.load(output / "mnist_model.pt", weights_only=True))
-
-
 def test_bfloat16_learns_as_well(trained, small):
     log, output = trained
     other = ("--bf16", "--no-bf16")["bfloat16" in log.splitlines()[0]]
@@ -324,7 +231,6 @@ BEFORE = {"hyperparameters": {"bf16": True}}
 @pytest.mark.parametrize(
     "able, device, asked, checkpoint, expected",
     [
-        ({"amx_bf16": True, "avx512_bf16": True}, "cpu", None, None, True),
         ({"amx_bf16": False, "avx512_bf16": True}, "cpu", None, None, True),
         ({"neon": True, "bf16": True}, "cpu", None, None, True),  # ARM
         ({"avx2": True, "amx_bf16": False, "avx512_bf16": False}, "cpu", None, None, False),
@@ -354,116 +260,43 @@ def test_a_gpu_without_bfloat16_says_so(monkeypatch):
 def test_log_has_the_promised_form(trained):
     log, _ = trained
     lines = log.splitlines()
-    assert re.fullmatch(
-        r"Started alone: rank 0 of 1, device cpu, backend none, \d+ threads?, (bfloat16|float32)", lines[0]
-    )
+    started = r"Started alone: rank 0 of 1, device cpu, backend none, \d+ threads?, (bfloat16|float32)"
     epoch = r"Epoch: [12] \((  0\.0| 62\.5)%\) - Loss: \d+\.\d+"
     accuracy = r"Test accuracy: \d+/500 \( \d\d\.\d%\)"
-    expected = [epoch, epoch, accuracy, r"loss=\d+\.\d{4}", r"accuracy=0\.\d{4}"] * 2
-    assert len(lines) == 1 + len(expected), log
-    for line, pattern in zip(lines[1:], expected, strict=True):
+    expected = [started, *[epoch, epoch, accuracy, r"loss=\d+\.\d{4}", r"accuracy=0\.\d{4}"] * 2]
+    assert len(lines) == len(expected), log
+    for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(pattern, line), (line, pattern)
-
-
-def test_metrics_file_says_what_the_log_says(trained):
-    log, output = trained
-    first, second = metrics(output)
-    assert [f"{m['test_loss']:.4f}" for m in (first, second)] == re.findall(r"^loss=(.*)$", log, re.M)
-    assert [f"{m['accuracy']:.4f}" for m in (first, second)] == re.findall(r"^accuracy=(.*)$", log, re.M)
-    assert [m["epoch"] for m in (first, second)] == [1, 2]
-    assert [m["learning_rate"] for m in (first, second)] == pytest.approx([0.1, 0.075])
-    assert first["train_loss"] > second["train_loss"] > 0
-    assert first["samples_per_second"] == pytest.approx(1000 / first["seconds"])
 
 
 def test_the_model_learns_and_the_saved_one_has_the_accuracy_in_the_log(trained, small_template):
     _, output = trained
     model = mnist.Net()
     model.load_state_dict(torch.load(output / "mnist_model.pt", weights_only=True))
-    loss, correct = mnist.test(model, *small_test_set(small_template))
+    loss, correct = mnist.test(model, *mnist.load_mnist(small_template / "datasets")[1])
     assert correct / 500 == metrics(output)[-1]["accuracy"] > 0.7
     assert loss == pytest.approx(metrics(output)[-1]["test_loss"], rel=1e-4)
-
-
-def small_test_set(project):
-    return mnist.load_mnist(project / "datasets")[1]
-
-
-# --- checkpoints at an epoch's end
-
-
-def test_resume_at_an_epochs_end_equals_an_uninterrupted_run(trained, small):
-    _, output = trained
-    code, log = fork(small, "mnist.py", "--epochs", 1, "--resume")
-    assert code == 0 and "No checkpoint in output yet: starting afresh" in log
-    code, log = fork(small, "mnist.py", "--epochs", 2, "--resume")
-    assert code == 0 and "Resuming in epoch 2 after 0 samples" in log
-    assert same(weights(small / "output"), weights(output))
-    for resumed, whole in zip(metrics(small / "output"), metrics(output), strict=True):
-        for name in ("epoch", "train_loss", "test_loss", "accuracy", "learning_rate"):
-            assert resumed[name] == whole[name]
-
-
-def test_flags_are_the_hyperparameters_of_the_training_and_of_its_checkpoint(small):
-    chosen = {"batch_size": 50, "optimizer": "adadelta", "gamma": 0.5, "momentum": 0.25, "seed": -7}
-    chosen |= {"label_smoothing": 0.0}
-    flags = [word for name, value in chosen.items() for word in ("--" + name.replace("_", "-"), value)]
-    code, log = fork(small, "mnist.py", "--epochs", 1, "--no-augment", "--no-bf16", *flags)
-    assert code == 0, log
-    checkpoint = torch.load(small / "output" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["hyperparameters"] == chosen | {"augment": False, "bf16": False, "lr": 1.0}
-    assert "acc_delta" in checkpoint["optimizer"]["state"][0]  # it is Adadelta, at its own default rate
-    assert metrics(small / "output")[0]["learning_rate"] == 1.0
-
-
-def test_dry_run_takes_one_batch_and_writes_nothing(small):
-    code, log = fork(small, "mnist.py", "--dry-run", "--test-batch-size", 100, "--save-model")
-    assert code == 0 and re.search(r"Test accuracy: \d+/100 ", log)
-    assert log.count("Epoch:") == 1
-    assert not (small / "output").exists()
 
 
 # --- several processes
 
 
-@pytest.fixture(scope="module")
-def trained_by_two(small_template, tmp_path_factory):
-    """One epoch in two processes, 32 samples each a step, as (log, output folder)."""
-    output = tmp_path_factory.mktemp("two")
-    flags = ("--num-processes", 2, "--batch-size", 32, "--epochs", 1, "--output-dir", output)
-    code, log = run(small_template, "mnist.py", *flags)
-    assert code == 0, log
-    return log, output
-
-
-def test_two_processes_log_once_and_say_how_they_were_started(trained_by_two):
-    log, _ = trained_by_two
-    lines = [line for line in log.splitlines() if not line.startswith("[Gloo]")]  # PyTorch 2.9 prints these
-    first, second = lines[:2]
-    assert re.fullmatch(
-        r"Started by torchrun: rank 0 of 2, device cpu, backend gloo, \d+ threads?, (bfloat16|float32)", first
-    )
+def test_two_processes_log_once_and_say_how_they_were_started(small):
+    code, log = fork(small, "mnist.py", "--num-processes", 2, "--batch-size", 500, "--epochs", 1)
+    first, second, *lines = [line for line in log.splitlines() if not line.startswith("[Gloo]")]
+    started = r"Started by torchrun: rank 0 of 2, device cpu, backend gloo, \d+ threads?, (bfloat16|float32)"
+    assert code == 0 and re.fullmatch(started, first), log
     assert second == "Using distributed PyTorch with gloo backend"
-    assert log.count("Test accuracy") == log.count("accuracy=") == 1
-    assert "Warning" not in log and "*****" not in log
+    assert [re.split("[:=]", line)[0] for line in lines] == ["Epoch", "Test accuracy", "loss", "accuracy"]
 
 
-def test_figures_are_those_of_one_process_with_the_same_weights(trained_by_two, small_template):
-    _, output = trained_by_two
-    model = mnist.Net()
-    model.load_state_dict(weights(output))
-    loss, correct = mnist.test(model, *small_test_set(small_template), batch_size=77)
-    assert metrics(output)[0]["accuracy"] == correct / 500
-    assert metrics(output)[0]["test_loss"] == pytest.approx(loss, rel=1e-4)
-
-
-def test_steps_of_three_processes_are_those_of_a_single_one_with_their_batches_together(tmp_path):
+def test_steps_and_figures_of_three_processes_are_those_of_one_with_their_batches_together(tmp_path):
     """Dropout's random numbers differ from process to process, so this is shown without dropout.
 
     Processors add up in different orders, so what is compared is how far the weights differ beside how far
     they have come. Rounding gives 1e-5 of it; a share or a scale that is wrong, more than a tenth.
     """
-    project = make_small_project(tmp_path / "project", train=128, test=10)  # the last shares: 1, 1 and 0
+    project = make_small_project(tmp_path / "project", train=128, test=500)  # the last shares: 1, 1 and 0
     source = (project / "mnist.py").read_text()
     assert source.count("nn.Dropout(0.1)") == 1
     (project / "mnist.py").write_text(source.replace("nn.Dropout(0.1)", "nn.Identity()"))
@@ -472,47 +305,11 @@ def test_steps_of_three_processes_are_those_of_a_single_one_with_their_batches_t
         with Training(project, project / f"of {world_size}", world_size, options) as training:
             training.complete()
     start = mnist.Trainer(mnist.Hyperparameters()).model.state_dict()
-    one, three = (
-        torch.load(project / name / "checkpoint.pt", weights_only=True)["model"] for name in ("of 1", "of 3")
-    )
+    folders = project / "of 1", project / "of 3"
+    one, three = (torch.load(each / "checkpoint.pt", weights_only=True)["model"] for each in folders)
     for name in start:
         assert (one[name] - three[name]).norm() < 1e-3 * (one[name] - start[name]).norm(), name
-    (figures,), (others,) = metrics(project / "of 1"), metrics(project / "of 3")
+    (figures,), (others,) = map(metrics, folders)
     for name in ("train_loss", "test_loss"):
         assert others[name] == pytest.approx(figures[name], rel=1e-4)
-    assert others["accuracy"] == figures["accuracy"]
-
-
-def test_shares_are_disjoint_and_cover_the_set(small):
-    """Each process writes down what it was given, in an epoch whose last batch cannot be shared evenly."""
-    spy = "share = batch[rank::world_size]"
-    source = (small / "mnist.py").read_text()
-    assert source.count(spy) == 1
-    note = spy + "; print(*share.tolist(), file=open(f'rank{rank}.txt', 'a'))"
-    (small / "mnist.py").write_text(source.replace(spy, note))
-    options = ("--epochs", 2, "--batch-size", 99)
-    with Training(small, small / "output", 3, options=options) as training:
-        training.complete()
-    notes = [(small / f"rank{rank}.txt").read_text().splitlines() for rank in range(3)]
-    shares = [[[int(sample) for sample in step.split()] for step in steps] for steps in notes]
-    seen = [sample for rank in shares for share in rank for sample in share]
-    assert sorted(seen) == sorted([*range(1000)] * 2)
-    # Four steps an epoch, and the last one has 109 samples for the three of them.
-    assert [[len(share) for share in rank] for rank in shares] == [
-        ([99] * 3 + [last]) * 2 for last in (37, 36, 36)
-    ]
-
-
-# --- files
-
-
-def test_a_written_state_can_be_loaded_without_trust_and_the_one_before_it_too(tmp_path):
-    path, before = tmp_path / "state.pt", tmp_path / "state.previous.pt"
-    for number in range(3):
-        mnist.write(path, {"numbers": torch.arange(number), "list": [1, 2.5, "three"]}, keep=before)
-    for kept, number in ((path, 2), (before, 1)):
-        loaded = torch.load(kept, weights_only=True)
-        assert torch.equal(loaded["numbers"], torch.arange(number)) and loaded["list"] == [1, 2.5, "three"]
-    mnist.write(path, b"bytes are written as they are")
-    assert path.read_bytes() == b"bytes are written as they are"
-    assert {file.name for file in tmp_path.iterdir()} == {path.name, before.name}
+    assert others["accuracy"] == pytest.approx(figures["accuracy"], abs=0.005)  # two images, by rounding
