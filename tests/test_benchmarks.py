@@ -44,9 +44,8 @@ def test_a_missing_gpu_is_reported_in_a_sentence(monkeypatch):
 
 def test_all_but_jax_use_the_gpu_if_asked_to():
     able = [contender for contender in bench.CONTENDERS if contender.on_gpu]
-    assert [contender.key for contender in bench.CONTENDERS if contender not in able] == [
-        *("keras", "flax", "keras_own", "flax_own")
-    ]
+    unable = {contender.key for contender in bench.CONTENDERS if contender not in able}
+    assert unable == {"keras", "flax", "keras_own", "flax_own"}
     for contender in able:
         here, there = (contender.command(1, "output", gpu=gpu) for gpu in (False, True))
         assert set(here) ^ set(there) == ({"--gpu"} if contender.peer else {"--no-cuda"})
@@ -103,10 +102,8 @@ def some_run(contender, number, *seconds_and_accuracies):
 def results():
     ours = [some_run("ours", 1, (20, 0.98)), some_run("ours", 2, (40, 0.98))]
     flax = [some_run("flax", 1, (30, 0.97)), some_run("flax", 2, (80, 0.97))]  # 1.5 and 2 times as slow
-    long = [
-        some_run("ours", None, (20, 0.98), (20, 0.99), (20, 0.985), (20, 0.991), (20, 0.9915)),
-        some_run("flax", None, *[(30, 0.98)] * 6),
-    ]
+    long = [some_run("ours", None, (20, 0.98), (20, 0.99), (20, 0.985), (20, 0.991), (20, 0.9915))]
+    long += [some_run("flax", None, *[(30, 0.98)] * 6)]
     return some_results("ours", "flax", runs=ours + flax + long)
 
 

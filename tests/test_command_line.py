@@ -158,9 +158,7 @@ def test_who_has_a_launcher_already_is_told_so_and_not_ignored(refuse_variables,
         (RuntimeError("can't allocate memory"), "memory does not suffice, try a smaller --batch-size (can't"),
     ],
 )
-def test_an_error_among_several_processes_is_a_sentence_also_without_a_text(
-    refuse_variables, monkeypatch, tmp_path, error, sentence
-):
+def test_an_error_in_a_job_is_a_sentence(refuse_variables, monkeypatch, tmp_path, error, sentence):
     def fail(*_):
         raise error
 
@@ -233,9 +231,7 @@ IN_A_POD = {name: value for name, value in JOB.items() if name != "LOCAL_RANK"} 
         ([], JOB | {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "3"}, 4, None),  # one of torchrun's processes
     ],
 )
-def test_a_pod_gets_the_processes_that_its_operator_asks_for(
-    monkeypatch, flags, variables, accelerators, count
-):
+def test_how_many_processes_a_pod_is_to_have(monkeypatch, flags, variables, accelerators, count):
     monkeypatch.setattr(os, "environ", variables)
     monkeypatch.setattr("torch.accelerator.device_count", lambda: accelerators)
     assert mnist.count_to_launch(mnist.parse_arguments(flags)) == count
@@ -258,9 +254,7 @@ def test_a_pod_gets_the_processes_that_its_operator_asks_for(
         ("3:cpu,acct:/a/b", {"cpu/a/cpu.cfs_quota_us": "50000", "cpu/a/cpu.cfs_period_us": "100000"}, 1),
     ],
 )
-def test_processors_are_those_of_the_process_and_of_all_groups_that_it_is_in(
-    monkeypatch, tmp_path, groups, files, count
-):
+def test_processors_are_those_of_all_groups_of_a_process(monkeypatch, tmp_path, groups, files, count):
     root, proc = tmp_path / "sys/fs/cgroup", tmp_path / "proc/self/cgroup"
     for path, text in ({root / name: text for name, text in files.items()} | {proc: groups}).items():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -121,13 +121,7 @@ def test_a_name_that_no_engine_takes_is_refused(name, client):
 @pytest.mark.parametrize(
     ("base_name", "image", "more", "code", "said"),
     [
-        (
-            "HOST/you/none:7",
-            "HOST/you/new:1",
-            [],
-            1,
-            "HOST says of you/none:7: manifest unknown; docker login",
-        ),
+        ("HOST/you/none:7", "HOST/you/new:1", [], 1, "HOST says of you/none:7: manifest unknown; docker"),
         ("HOST/you/mnist:1", "HOST/you/new:1", ["--trainer", "none.py"], 1, "none.py"),
         ("HOST/you/mnist:1", "HOST/you/new:1", ["--data", "mnist.py"], 1, "Not a directory: 'mnist.py'"),
         ("HOST/you/mnist:1", "HOST/You/new:1", [], 1, "is no image's name"),

@@ -419,9 +419,7 @@ def test_the_notebook_runs_to_its_end_in_its_image(notebook, chapter_log, projec
     assert not [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
 
 
-@pytest.mark.parametrize(
-    ("chapter", "said"), [("Changed code", "^accuracy="), ("Look, and clean up", "^mnist +latest")]
-)
-def test_every_command_of_a_chapter_works(chapter, said, mnist, chapter_log):
-    log = chapter_log(chapter)
-    assert re.search(said, log, re.M), log
+def test_changed_code_trains_and_the_images_are_shown_and_removed(mnist, chapter_log):
+    for chapter, said in {"Changed code": "^accuracy=", "Look, and clean up": "^mnist +latest"}.items():
+        log = chapter_log(chapter)
+        assert re.search(said, log, re.M), log

@@ -234,9 +234,7 @@ def test_a_loss_that_is_no_number_is_not_saved(digits, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_nobody_leaves_before_all_that_is_to_be_written_is_there(
-    digits, tmp_path, monkeypatch, caplog, stopped
-):
+def test_nobody_leaves_before_all_is_written(digits, tmp_path, monkeypatch, caplog, stopped):
     class Watched(Place):
         def all_reduce(self, *numbers):
             there_at_meetings.append({path.name for path in tmp_path.iterdir()})
@@ -378,9 +376,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(saved, caplog
     newest, previous = saved / "checkpoint.pt", saved / "checkpoint.previous.pt"
     newest.write_bytes(b"?" * 999)
     assert mnist.load_checkpoint(saved)["progress"]["samples_seen"] == 20
-    assert caplog.messages == [
-        f"{newest} is not a good checkpoint (BadZipFile('File is not a zip file')): passed over"
-    ]
+    said = f"{newest} is not a good checkpoint (BadZipFile('File is not a zip file')): passed over"
+    assert caplog.messages == [said]
     newest.with_suffix(".damaged").rename(newest)
     newest.unlink()
     newest.mkdir()
@@ -462,9 +459,7 @@ def test_a_checkpoint_of_another_model_is_refused(saved):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_resumed_trainer_takes_the_next_step_however_its_weights_were_laid_out(
-    digits, saved, caplog, world_size
-):
+def test_a_resumed_trainer_takes_the_next_step(digits, saved, caplog, world_size):
     """Fused SGD does not look how weights and their momentum lie in memory, which depends on the device."""
     caplog.set_level("INFO")
     checkpoint = mnist.load_checkpoint(saved)

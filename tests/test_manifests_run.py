@@ -95,9 +95,7 @@ def test_a_job_that_loses_a_worker_goes_on_from_the_checkpoint_and_succeeds(path
         (TRAINJOB, 1, "trainer.numProcPerNode", 2),
     ],
 )
-def test_a_job_has_the_processes_it_asks_for_and_when_it_is_deleted_it_saves_and_ends_with_143(
-    path, pods, field, processes, project
-):
+def test_a_deleted_job_saves_and_ends_with_143(path, pods, field, processes, project):
     with Replay(change(on_two_cpus(load(path), pods), f"spec.{field}", processes), project) as job:
         assert job.run_until("Epoch: 2 ") == "Running", job.log
         for pod in job.pods:

@@ -97,14 +97,10 @@ def test_the_notebook_puts_a_changed_trainer_into_an_image_without_an_engine(eng
     image = f"{base}-from-the-notebook"
     names = ON_A_SLICE[: ON_A_SLICE.index("create-the-job") + 1]
     with ApiServer() as cluster:
-        code, output = submit_in(
-            tmp_path,
-            names=[name for name in names if name in PARTS or name in WITHOUT_TRAINING],
-            change=(BEFORE, CHANGED),
-            parameters=[("base_image", base), ("image", image)],
-            PATH=programs,
-            KUBECONFIG=cluster.kubeconfig(tmp_path),
-        )
+        how = {"names": [name for name in names if name in PARTS or name in WITHOUT_TRAINING]}
+        how |= {"change": (BEFORE, CHANGED), "parameters": [("base_image", base), ("image", image)]}
+        kubeconfig = cluster.kubeconfig(tmp_path)
+        code, output = submit_in(tmp_path, **how, PATH=programs, KUBECONFIG=kubeconfig)
     assert code == 0, output
     assert "No Docker engine answers here.\n" in output
     (job,) = [each for each in cluster.created if each["kind"] == "PyTorchJob"]

@@ -37,11 +37,9 @@ def test_computing_hides_the_first_bucket_but_not_the_second():
 
 def test_the_buckets_are_those_of_the_network():
     net = mnist.Net()
-    linear, convolutions = (
-        4 * sum(weights.numel() for layer in layers for weights in layer.parameters())
-        for layers in ((net.fc1, net.fc2), (net.conv1, net.conv2))
-    )
-    assert (linear, convolutions) == BUCKETS
+    buckets = (net.fc1, net.fc2), (net.conv1, net.conv2)
+    numbers = [sum(weights.numel() for layer in each for weights in layer.parameters()) for each in buckets]
+    assert (4 * numbers[0], 4 * numbers[1]) == BUCKETS
 
 
 def test_a_sleeper_has_its_gradients_when_the_network_would():

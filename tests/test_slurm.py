@@ -42,9 +42,8 @@ def image(tmp_path_factory):
     subprocess.run(["ch-convert", "-i", "tar", "-o", "dir", archive, folder / "image"], check=True)
     for mounted in ("app", "packages"):
         (folder / "image" / mounted).mkdir()
-    subprocess.run(
-        ["mount", "--bind", Path(pytest.__file__).parents[1], folder / "image/packages"], check=True
-    )
+    packages = Path(pytest.__file__).parents[1]
+    subprocess.run(["mount", "--bind", packages, folder / "image/packages"], check=True)
     yield folder / "image"
     subprocess.run(["umount", folder / "image/packages"], check=True)
 

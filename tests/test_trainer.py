@@ -240,9 +240,7 @@ BEFORE = {"hyperparameters": {"bf16": True}}
         ({}, "cpu", True, None, True),
     ],
 )
-def test_a_cpu_that_multiplies_bfloat16_natively_does_unless_told_otherwise(
-    monkeypatch, able, device, asked, checkpoint, expected
-):
+def test_a_cpu_that_can_takes_bfloat16(monkeypatch, able, device, asked, checkpoint, expected):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: able, raising=False)
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
     assert mnist.choose_bf16(torch.device(device), asked, checkpoint) is expected
