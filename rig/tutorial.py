@@ -76,9 +76,12 @@ def submit_in(folder, names=WITHOUT_TRAINING, change=("", ""), parameters=(), **
     return run_cells(project, names, **how, DOCKER_HOST="unix:///nowhere", **environment)
 
 
-def make_small_tutorial(folder, train=5350, test=1000):
-    """Make `folder` a project with all of the notebook; its few digits have the mean and deviation of all."""
-    save(make_small_project(folder, train, test), CELLS)
+def make_small_tutorial(folder, train=5350, test=1000, without=()):
+    """Make `folder` a project with the notebook, without some of its cells.
+
+    So few digits have the mean and the deviation of all.
+    """
+    save(make_small_project(folder, train, test), [name for name in CELLS if name not in without])
     return folder
 
 

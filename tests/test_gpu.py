@@ -30,21 +30,9 @@ def test_a_cpu_tries_what_it_can_and_leaves_the_rest_to_a_gpu(small, check):
     assert code == 1 and output.splitlines()[-1].startswith(f"not tried: needs {NEEDS[check]}"), output
 
 
-def tried(project, folder, *checks):
-    """Run a project's gpu.py. Returns its exit code, what it prints, and the rows in gpu.json by check."""
-    need("timeout", "coreutils")
-    program = (PROGRAM, *ON_A_CPU, "--only", *checks)
-    code, output = run(project, *program, TMPDIR=folder, OMP_NUM_THREADS=1)
-    rows = json.loads((folder / "gpu.json").read_text())["checks"]
-    assert all(f"| {' | '.join(map(str, row.values()))} |\n" in output for row in rows)
-    return code, output, {row["check"]: row for row in rows}
-
-
-def test_what_holds_is_said(tmp_path):
-    code, output, checks = tried(ROOT, tmp_path, "sigterm")
-    assert code == 0, output
-    assert checks["sigterm"]["state"] == "held"
-    assert checks["sigterm"]["seen"].startswith("the same bits, interrupted after ")
+def test_what_holds_is_said(small):
+    code, output = fork(small, ROOT / PROGRAM, *ON_A_CPU, "--check", "sigterm", OMP_NUM_THREADS=1)
+    assert code == 0 and output.startswith("held: the same bits, interrupted after "), output
 
 
 def test_what_fails_is_named_and_hides_nothing(tmp_path):
@@ -56,8 +44,12 @@ def test_what_fails_is_named_and_hides_nothing(tmp_path):
     trainer, loop = (ROOT / "mnist.py").read_text(), "        for name in STATES:\n"
     assert trainer.count(loop) == 1
     (tmp_path / "mnist.py").write_text(trainer.replace(loop, loop.replace("STATES", "STATES[:2]")))
-    code, output, checks = tried(tmp_path, tmp_path, "sigterm", "nccl")
+    need("timeout", "coreutils")
+    program = (PROGRAM, *ON_A_CPU, "--only", "sigterm", "nccl")
+    code, output = run(tmp_path, *program, TMPDIR=tmp_path, OMP_NUM_THREADS=1)
     assert code == 1, output
+    checks = {row["check"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["checks"]}
+    assert all(f"| {' | '.join(map(str, row.values()))} |\n" in output for row in checks.values())
     assert {name: row["state"] for name, row in checks.items()} == {"sigterm": "failed", "nccl": "not tried"}
     assert checks["sigterm"]["seen"].startswith("Tensor-likes are not equal!")
     assert "\nsigterm: Traceback" in output
