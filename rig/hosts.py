@@ -81,10 +81,6 @@ class Host:
         """Pull the network cable."""
         ip("-n", self.bridge, "link", "set", self.link, "down")
 
-    def restore(self):
-        """Plug the network cable in again."""
-        ip("-n", self.bridge, "link", "set", self.link, "up")
-
     def kill(self):
         """Kill all that runs on this host, as a power cut would."""
         for pid in ip("netns", "pids", self.name).split():
