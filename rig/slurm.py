@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,11 +182,13 @@ class Job:
 
     def trainers(self, node):
         """Return the job's trainers that run on a node, as psutil's processes."""
-        there = ip("netns", "pids", self.slurm.nodes[node].name).split()
-        processes = psutil.process_iter(["environ", "cmdline"])  # which passes over those that end meanwhile
-        here = [p for p in processes if str(p.pid) in there and p.info["environ"] and p.info["cmdline"]]
-        ours = [p for p in here if p.info["environ"].get("SLURM_JOB_ID") == str(self.number)]
-        return [p for p in ours if p.info["cmdline"][1:3] == ["mnist.py", "--resume"]]
+        found, job = [], ("SLURM_JOB_ID", str(self.number))
+        for pid in ip("netns", "pids", self.slurm.nodes[node].name).split():
+            with suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+                process = psutil.Process(int(pid))
+                if process.cmdline()[1:3] == ["mnist.py", "--resume"] and job in process.environ().items():
+                    found.append(process)
+        return found
 
     def hold(self, node, text, starts=1):
         """Suspend the job's trainers on a node once it prints `text`: it cannot end before the disturbance.

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import math
 import sys
 import time
@@ -49,6 +50,11 @@ def weights(folder):
     """Return the fingerprint of all in a folder's checkpoint that decides how training goes on."""
     checkpoint = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
     return fingerprint([checkpoint[part] for part in ("model", "averaged_model", "optimizer", "scheduler")])
+
+
+def metrics(folder):
+    """Return what a folder's metrics.jsonl says of each epoch."""
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
 def results(text):

@@ -10,7 +10,9 @@ import urllib.request
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+import torch
 
+import mnist
 from rig.engine import running_engine
 from rig.hosts import need_hosts
 from rig.processes import shared_state
@@ -24,8 +26,12 @@ LONG = [f"test_{name}" for name in LONG]
 
 
 def pytest_configure():
-    """Hear Ctrl-C, which some tests send: what a shell starts in the background is deaf to it."""
+    """Hear Ctrl-C, which some tests send: what a shell starts in the background is deaf to it.
+
+    And take as many threads as the trainer would: it does not give them back.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(min(torch.get_num_threads(), mnist.count_processors()))
 
 
 @pytest.hookimpl(tryfirst=True)  # -m then finds the marks

@@ -367,8 +367,11 @@ def test_on_a_phone_no_picture_is_cut_and_a_finger_writes(notebook, pad):
     phone, before = notebook.page, notebook.page.viewport_size
     phone.set_viewport_size({"width": 390, "height": 844})
     expect(phone.locator(".jp-OutputArea img").first).to_be_visible()
-    phone.wait_for_timeout(1000)  # JupyterLab lays itself out anew
-    assert phone.locator(".jp-OutputArea img, .pad .paper, .pad .bars").evaluate_all(CUT) == []
+    for _ in range(20):
+        phone.wait_for_timeout(1000)  # JupyterLab lays itself out anew
+        if not (cut := phone.locator(".jp-OutputArea img, .pad .paper, .pad .bars").evaluate_all(CUT)):
+            break
+    assert cut == []
     paper(pad).scroll_into_view_if_needed()
     touch = phone.context.new_cdp_session(phone)
     kinds = ["touchStart", *["touchMove"] * (len(ONE) - 1)]

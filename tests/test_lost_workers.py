@@ -76,6 +76,7 @@ def test_an_elastic_job_survives_a_lost_process_and_a_lost_host_and_grows_again(
 
             assert agents[0].until(printed, 120), f"waited for {text}"
 
+        until("Started by torchrun: rank 0 of 3")
         until("- Loss: ", 3)  # by then there is a checkpoint
         agents[1].family()[-1].kill()
         until("Started by torchrun: rank 0 of 3", 2)  # its agent starts it again

@@ -12,6 +12,7 @@ from rig.manifests import ELASTIC, EXPERIMENT, JOB, TRAINJOB, change, load, read
 from rig.processes import need
 from rig.project import make_small_project
 from rig.replay import Replay
+from rig.training import metrics
 
 pytestmark = pytest.mark.cluster
 
@@ -42,10 +43,6 @@ def on_two_cpus(job, pods=None):
 def trained(log):
     """Return the epochs that were begun, in their order."""
     return sorted(int(epoch) for epoch in re.findall(r"^Epoch: (\d+) \(  0.0%\)", log, re.MULTILINE))
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def check_results(job):
@@ -82,8 +79,8 @@ def test_a_job_that_loses_a_worker_goes_on_from_the_checkpoint_and_succeeds(path
     assert job.restarts == 2 if path != ELASTIC else job.restarts <= 2  # its torchrun may go on
     epochs = trained(job.log)
     assert set(epochs) == set(range(1, EPOCHS + 1))
-    again = sorted(epoch for epoch in set(epochs) if epochs.count(epoch) > 1)
-    assert again in ([], [5]), f"trained again: {again}\n{job.log}"
+    again = [epoch for epoch in set(epochs) if epochs.count(epoch) > 1]
+    assert len(again) <= 1, f"trained again: {again}\n{job.log}"
     check_results(job)
 
 

@@ -1,6 +1,5 @@
 """The batch script on a real Slurm: the same file, killed, out of time, and never the worse for it."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from rig.engine import BASE_IMAGE, running_engine
 from rig.processes import need
 from rig.project import ROOT
 from rig.slurm import Job, Slurm, need_slurm
-from rig.training import OPTIONS, weights
+from rig.training import OPTIONS, metrics, weights
 
 pytestmark = pytest.mark.cluster
 
@@ -84,7 +83,7 @@ def slow(submit, slurm, meanwhile):
 
     def disturb():
         job.hold("node2", "Epoch: 1 ( 29")  # until its time is over
-        job.hold("node2", "Epoch: 1 ( 70", starts=2)
+        job.hold("node2", "- Loss: ", starts=2)
         slurm("scontrol", "requeue", job.number)
 
     return job, meanwhile(disturb)
@@ -96,16 +95,12 @@ def lost(submit, slurm, meanwhile):
     job = submit("--nodes=2", "--nodelist=node[3-4]", "--job-name=lost", SCRIPT, *LONGER)
 
     def disturb():
-        job.hold("node4", "Epoch: 1 ( 41")
+        job.hold("node4", "Epoch: 1 ( 11")
         slurm.nodes["node4"].kill()
         slurm.wait(lambda: "Node failure on node4" in job.log)
         slurm.start_node("node4")
 
     return job, meanwhile(disturb)
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_linter_finds_nothing_in_a_script_of_forty_lines():
@@ -130,8 +125,9 @@ def test_jobs_of_an_array_share_nodes_do_not_meet_and_have_a_rate_and_a_folder_e
     last = submit("--array=3,10", "--nodes=2", "--partition=crowded", "--job-name=lr", SCRIPT, *flags)
     jobs = [Job(slurm, clone, f"{last.number}_{index}") for index in (3, 10)]
     jobs[1].printed("Epoch: ")
-    assert {job.shown("NodeList") for job in jobs} == {"wide[1-2]"}  # both at once
     assert [job.ended() for job in jobs] == [("COMPLETED", 0)] * 2, jobs[0].log + jobs[1].log
+    assert {job.shown("NodeList") for job in jobs} == {"wide[1-2]"}
+    assert max(job.shown("StartTime") for job in jobs) <= min(job.shown("EndTime") for job in jobs)
     assert [metrics(clone / f"output/lr-{index}")[0]["learning_rate"] for index in (3, 10)] == [0.03, 0.1]
 
 
@@ -154,7 +150,7 @@ def test_what_is_missing_is_one_sentence(submit, slurm, clone, tmp_path):
 def test_a_killed_process_fails_the_job_and_the_next_one_goes_on_in_a_container(submit, image):
     command = ("--nodes=2", "--partition=wide", "--job-name=killed", SCRIPT, *LONGER)
     job = submit(*command)
-    for trainer in job.hold("wide2", "Epoch: 1 ( 41"):
+    for trainer in job.hold("wide2", "Epoch: 1 ( 11"):
         trainer.kill()
     assert job.ended() == ("FAILED", 137), job.log
     assert "rank 0 of 2 (meeting at wide1:" in job.log

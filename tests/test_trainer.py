@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import json
 import platform
 import re
 import subprocess
@@ -18,7 +17,7 @@ from torchvision.transforms.functional import affine
 import mnist
 from rig.processes import fork
 from rig.project import ROOT, make_small_project
-from rig.training import Training
+from rig.training import Training, metrics
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +31,6 @@ def trained(small_template, tmp_path_factory):
 
 def weights(output):
     return torch.load(output / "checkpoint.pt", weights_only=True)["averaged_model"]
-
-
-def metrics(output):
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def same(one, other):
