@@ -392,7 +392,7 @@ def test_an_unknown_user_trains_offline_and_read_only_and_keeps_the_results(mnis
     log = chapter_log("Run")
     assert re.search(r"^Epoch: 1 \( +\d+\.\d%\) - Loss: \d+\.\d+$", log, re.M)
     accuracies = re.findall(r"^accuracy=(0\.\d{4})$", log, re.M)
-    assert len(accuracies) == 5 + 1 + 5 + 5 + 2 + 1 and float(accuracies[4]) > 0.4
+    assert len(accuracies) == 5 + 1 + 5 + 5 + 2 + 1 and float(accuracies[4]) > 0.6
     metrics = [json.loads((project / name / "metrics.jsonl").read_text()) for name in ("", "output")]
     assert [f"{each['accuracy']:.4f}" for each in metrics] == [accuracies[5], accuracies[-1]]
     assert "conv1.weight" in torch.load(project / "output/mnist_model.pt", weights_only=True)

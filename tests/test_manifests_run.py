@@ -73,6 +73,7 @@ def test_a_job_that_loses_a_worker_goes_on_from_the_checkpoint_and_succeeds(path
         assert job.run_until("Epoch: 5 ") == "Running", job.log  # so the checkpoint of the fourth is complete
         assert "rank 0 of 2" in job.log and job.restarts == 0, job.log
         job.pods[1].kill()
+        begun = trained(job.log)[-1]  # on a fast machine, the sixth
         assert job.run() == "Succeeded", job.log
     assert job.pods[1].processes[0].returncode == 128 + 9
     assert job.pods[1].restarts == 1
@@ -80,7 +81,7 @@ def test_a_job_that_loses_a_worker_goes_on_from_the_checkpoint_and_succeeds(path
     epochs = trained(job.log)
     assert set(epochs) == set(range(1, EPOCHS + 1))
     again = [epoch for epoch in set(epochs) if epochs.count(epoch) > 1]
-    assert len(again) <= 1, f"trained again: {again}\n{job.log}"
+    assert again in ([], [begun]), f"trained again: {again}\n{job.log}"
     check_results(job)
 
 

@@ -567,8 +567,9 @@ def real(tiny, tmp_path_factory):
 @pytest.mark.timeout(1800)
 def test_a_pretrained_model_learns_to_answer_about_texts_it_has_never_seen(real):
     before, after = read(real / "output" / "metrics.jsonl")
-    assert after["f1"] > before["f1"] + 20
-    assert after["exact_match"] > before["exact_match"] + 10
+    assert after["f1"] > 40
+    assert after["f1"] > before["f1"] + 25
+    assert after["exact_match"] > before["exact_match"] + 20
 
 
 def test_the_pages_own_question_is_answered_with_words_of_its_text(main, real):
