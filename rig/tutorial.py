@@ -31,6 +31,9 @@ TO_THE_TRAINING = [*WITHOUT_TRAINING, *PARTS, "remove-old-results", "run-the-tra
 WITHOUT_TRAINING += ORDER[ORDER.index("define-step") :]
 ON_A_SLICE = [name for name in ORDER if name in {*TO_THE_TRAINING, *WITHOUT_TRAINING}]
 
+# They start the trainer as programs, and show nothing that needs a browser or an image.
+STARTERS = ORDER[ORDER.index("kill-and-resume") : ORDER.index("show-the-dockerfile")]
+
 SMALLER = {"epochs: int = 5": "epochs: int = 2", "[:8000]": "[:1280]"}
 END = "All cells have been run."
 

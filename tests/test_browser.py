@@ -17,7 +17,16 @@ from playwright.sync_api import expect, sync_playwright
 
 from rig.processes import Process, clean_environment, free_port, need
 from rig.project import ROOT
-from rig.tutorial import CODE, ORDER, PADS, PICTURES, assert_is_a_picture, make_small_tutorial, pixels
+from rig.tutorial import (
+    CODE,
+    ORDER,
+    PADS,
+    PICTURES,
+    STARTERS,
+    assert_is_a_picture,
+    make_small_tutorial,
+    pixels,
+)
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(1800)]
 
@@ -29,8 +38,11 @@ SETTINGS = {
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "@jupyterlab/docmanager-extension/plugin": {"autosave": False},  # of one page, which another would notice
 }
+CELLS = [cell for cell in CODE if cell.id not in STARTERS]
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+QUIET += " --force-prefers-reduced-motion"
 MINUTES = 60_000  # Playwright counts milliseconds. The limits are for a busy machine.
+POLLING = 300  # by default, it looks at each frame, and keeps a processor busy
 
 # JupyterLab shows what a cell raises as it shows standard error.
 ERROR = (
@@ -42,9 +54,9 @@ SAID = "n => [...document.querySelectorAll('.jp-CodeCell')][n].querySelector('.j
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A project with all of the notebook, and little data; all of it for a picture that is kept."""
+    """A project with nearly all of the notebook, and little data; all of it for a picture that is kept."""
     data = {"train": 60_000, "test": 10_000} if DRAWING else {}
-    folder = make_small_tutorial(tmp_path_factory.mktemp("browser") / "project", **data)
+    folder = make_small_tutorial(tmp_path_factory.mktemp("browser") / "project", **data, without=STARTERS)
     shutil.copy(ROOT / "notebooks" / "draw.js", folder / "notebooks")
     shutil.copy(ROOT / "Dockerfile", folder)
     stored = nbformat.read(folder / "notebooks" / "mnist.ipynb", as_version=4)
@@ -103,7 +115,7 @@ def notebook(lab, browser):
     choose(page, "Run", "Run All Cells")
 
     # Where a cell fails, those below never run.
-    wait = {"timeout": 15 * MINUTES, "polling": 50}
+    wait = {"timeout": 15 * MINUTES, "polling": POLLING}
     began = f"n => {ERROR} || ({SAID})(n)?.match(/Epoch: 1 [(].*/s)?.[0]"
     live = page.wait_for_function(began, arg=ORDER.index("run-the-trainer"), **wait).json_value()
     page.wait_for_function(f"() => {ERROR} || {PROMPT}", **wait)
@@ -123,7 +135,7 @@ def open_notebook(page, lab):
     """Open the notebook in a page, and wait for its kernel."""
     page.set_default_timeout(5 * MINUTES)
     page.goto(f"{lab}/doc/tree/notebooks/mnist.ipynb")
-    expect(page.locator(".jp-Notebook .jp-CodeCell")).to_have_count(len(CODE))
+    expect(page.locator(".jp-Notebook .jp-CodeCell")).to_have_count(len(CELLS))
     expect(page.get_by_text("Python 3 (ipykernel) | Idle")).to_be_visible(timeout=5 * MINUTES)
 
 
@@ -144,7 +156,7 @@ def test_opening_the_notebook_does_not_change_it(notebook):
 
 def test_all_cells_run_and_none_shows_an_error_or_a_warning(notebook):
     assert notebook.error is None
-    numbers = [number for number, cell in enumerate(CODE, 1) if "jupyter" not in cell.metadata]
+    numbers = [number for number, cell in enumerate(CELLS, 1) if "jupyter" not in cell.metadata]
     assert notebook.prompts == [f"[{number}]:" for number in numbers]
     assert notebook.page_errors == []
 
@@ -155,7 +167,7 @@ def test_the_log_comes_while_the_trainer_runs(notebook):
 
 def test_every_picture_is_drawn_on_the_screen(notebook):
     images = notebook.page.locator(".jp-OutputArea img")
-    assert images.count() == PICTURES - PADS  # the pads take the places of theirs
+    assert images.count() == PICTURES - 1 - PADS  # a starter has one; the pads take the places of theirs
     for i, image in enumerate(images.all()):
         meant = assert_is_a_picture({name: image.get_attribute(name) for name in ("src", "alt")})
         for _ in range(20):  # JupyterLab lays out what comes into view
@@ -165,57 +177,6 @@ def test_every_picture_is_drawn_on_the_screen(notebook):
             if not differ:
                 break
         assert not differ, image.get_attribute("alt")
-
-
-# --- Coming and going -----------------------------------------------------------------------------
-
-
-def start_training(browser, lab, project):
-    """Train once more, in another page of the same notebook: slowly, until the file `slow` is removed."""
-    step, slower = "self.optimizer.zero_grad()", "time.sleep(0.2 * Path('slow').exists())"
-    (project / "mnist.py").write_text((ROOT / "mnist.py").read_text().replace(step, f"{step}; {slower}"))
-    (project / "slow").touch()
-    page = browser.new_page()
-    open_notebook(page, lab)
-    run_cell(page, "remove-old-results")
-    run_cell(page, "run-the-trainer")
-    wait_until_it_says(page, "run-the-trainer", "Epoch: 1 (")
-    return page
-
-
-def run_cell(page, name, add=""):
-    page.locator(".jp-Notebook .jp-CodeCell").nth(ORDER.index(name)).locator(".cm-content").click()
-    page.keyboard.press("Control+End")
-    page.keyboard.type(add)
-    choose(page, "Run", "Run Selected Cell and Do not Advance")
-
-
-def wait_until_it_says(page, name, words):
-    page.wait_for_function(f"([n, words]) => ({SAID})(n)?.includes(words)", arg=[ORDER.index(name), words])
-
-
-def test_a_training_that_is_interrupted_says_how_to_go_on_and_goes_on(notebook, lab, browser, project):
-    page = start_training(browser, lab, project)
-    choose(page, "Kernel", "Interrupt Kernel")
-    wait_until_it_says(page, "run-the-trainer", "Stopped by a signal. --resume goes on")
-    (project / "slow").unlink()
-    run_cell(page, "check-the-run")
-    wait_until_it_says(page, "check-the-run", "write --resume at the end of its command")
-    run_cell(page, "run-the-trainer", add=" --resume")
-    wait_until_it_says(page, "run-the-trainer", "Resuming in epoch ")
-    run_cell(page, "check-the-run")
-    wait_until_it_says(page, "check-the-run", "2 epoch(s), ")
-    page.close()
-
-
-def test_a_page_that_is_closed_while_it_trains_loses_only_what_is_printed(notebook, lab, browser, project):
-    start_training(browser, lab, project).close()
-    (project / "slow").unlink()
-    page = browser.new_page()
-    open_notebook(page, lab)
-    run_cell(page, "check-the-run")
-    wait_until_it_says(page, "check-the-run", "2 epoch(s), ")
-    page.close()
 
 
 # --- Writing digits: points on a paper of 100 by 100 ----------------------------------------------
@@ -381,3 +342,40 @@ def test_on_a_phone_no_picture_is_cut_and_a_finger_writes(notebook, pad):
     expect_it_says(pad, "It reads a 1.")
     photograph(phone, "phone")
     phone.set_viewport_size(before)
+
+
+# --- Coming and going -----------------------------------------------------------------------------
+
+
+def run_cell(page, name, add=""):
+    page.locator(".jp-Notebook .jp-CodeCell").nth(ORDER.index(name)).locator(".cm-content").click()
+    page.keyboard.press("Control+End")
+    page.keyboard.type(add)
+    choose(page, "Run", "Run Selected Cell and Do not Advance")
+
+
+def wait_until_it_says(page, name, words):
+    said = f"([n, words]) => ({SAID})(n)?.includes(words)"
+    page.wait_for_function(said, arg=[ORDER.index(name), words], polling=POLLING)
+
+
+def test_a_training_that_is_interrupted_goes_on_and_ends_also_without_its_page(notebook, lab, project):
+    """It trains once more: slowly, until the file `slow` is removed."""
+    page, step = notebook.page, "self.optimizer.zero_grad()"
+    slower = f"{step}; time.sleep(0.2 * Path('slow').exists())"
+    (project / "mnist.py").write_text((ROOT / "mnist.py").read_text().replace(step, slower))
+    (project / "slow").touch()
+    run_cell(page, "remove-old-results")
+    run_cell(page, "run-the-trainer")
+    wait_until_it_says(page, "run-the-trainer", "Epoch: 1 (")
+    choose(page, "Kernel", "Interrupt Kernel")
+    wait_until_it_says(page, "run-the-trainer", "Stopped by a signal. --resume goes on")
+    run_cell(page, "check-the-run")
+    wait_until_it_says(page, "check-the-run", "write --resume at the end of its command")
+    run_cell(page, "run-the-trainer", add=" --resume")
+    wait_until_it_says(page, "run-the-trainer", "Resuming in epoch ")
+    page.goto("about:blank")
+    (project / "slow").unlink()
+    open_notebook(page, lab)
+    run_cell(page, "check-the-run")
+    wait_until_it_says(page, "check-the-run", "2 epoch(s), ")

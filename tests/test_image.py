@@ -18,7 +18,7 @@ from rig.engine import BUILD, SHARING, give, persons_project
 from rig.guide import CHAPTERS, GUIDE, run_chapter
 from rig.processes import Process, free_port, need
 from rig.project import ROOT, make_small_project
-from rig.tutorial import ORDER, make_small_tutorial
+from rig.tutorial import STARTERS, make_small_tutorial
 from rig.users import ENGINES, run_where_numbers_differ
 
 SECRETS = {"datasets/kaggle.json", "datasets/.cache/token", "datasets/MNIST/raw/other.gz"}
@@ -56,9 +56,7 @@ exec {program} "$command" "$@"
 def chapter_log(engine, project, tmp_path_factory):
     """A function that runs a chapter's commands as a person would, and returns all that they print."""
     least = make_small_project(tmp_path_factory.mktemp("least") / "project", 200, 100)
-    # The cells that start the trainer anew show nothing there that other containers do not.
-    anew = ORDER[ORDER.index("kill-and-resume") : ORDER.index("show-the-dockerfile")]
-    tutorial = make_small_tutorial(tmp_path_factory.mktemp("tutorial") / "project", 3123, without=anew)
+    tutorial = make_small_tutorial(tmp_path_factory.mktemp("tutorial") / "project", 3123, without=STARTERS)
     mounts = [f"--volume={tutorial}/{name}:/app/{name}:ro" for name in ("datasets", "notebooks/mnist.ipynb")]
     words = {"build": BUILD, "least": [*SHARING, f"--volume={least}/datasets:/app/datasets:ro"]}
     words |= {"little_tutorial": [*SHARING, *mounts], "program": [shutil.which(engine.program)]}
