@@ -19,9 +19,10 @@ from rig.processes import shared_state
 from rig.project import make_small_project
 from rig.training import TEST, TRAIN, Project
 
-# The longest modules, longest first: they begin first, so the workers end at about the same time.
-LONG = ["notebook", "image", "question_answering", "recovery", "browser", "manifests_run", "lost_workers"]
-LONG += ["slurm", "registry", "several_hosts", "gpu", "trainer"]
+# The longest modules begin first, so the workers end at about the same time. Those that mostly wait, slurm
+# and lost_workers, run beside others that need the processors.
+LONG = ["notebook", "image", "slurm", "question_answering", "manifests_run", "lost_workers", "browser"]
+LONG += ["recovery", "registry", "gpu", "several_hosts", "trainer"]
 LONG = [f"test_{name}" for name in LONG]
 
 
