@@ -21,14 +21,15 @@ def test_who_loses_a_worker_leaves_in_time_and_names_the_place_where_they_met(pr
     lose_worker(project, fault, random.Random(fault))
 
 
-def test_whoever_never_appears_is_missed_with_the_place_where_they_were_to_meet(project):
+def test_whoever_never_appears_is_missed_with_the_place_where_they_were_to_meet(project, tmp_path):
     """No master: its name is unknown, no link goes there, or it runs no trainer. And no second worker."""
     with PyTorchJob(project.folder, workers=3) as headless, PyTorchJob(project.folder) as incomplete:
         _, nameless, cut_off, alone = headless.hosts
         nameless.know([nameless])
         cut_off.cut()
         hosts = [nameless, cut_off, alone, *incomplete.hosts[:2]]
-        processes = [host.fork(project.folder, "mnist.py", "--timeout", 1) for host in hosts]
+        options = ("mnist.py", "--timeout", 1, "--output-dir", tmp_path)
+        processes = [host.fork(project.folder, *options) for host in hosts]
         time.sleep(5)
         assert all(process.poll() is None for process in processes)  # they have patience
         # 10 x --timeout. Should that end a moment early, PyTorch pauses and tries again.
