@@ -31,9 +31,11 @@ def predict(seen, model):
 
 def report(results, seen, model):
     """Return the tables, in Markdown."""
-    text = "Medians of {} round(s) of {steps} steps on torch {torch}, {cpu}, TCP with {tcp}."
+    text = "Medians of {} round(s) of {steps} steps (on this machine alone, {}) on torch {torch}, {cpu}, "
+    text += "TCP with {tcp}."
+    about = text.format(len(results["rounds"]), 5 * results["about"]["steps"], **results["about"])
     tables = here_table(seen), links_table(seen, model), prediction_table(seen, model)
-    return "\n\n".join([text.format(len(results["rounds"]), **results["about"]), *tables])
+    return "\n\n".join([about, *tables])
 
 
 def table(head, rows):
