@@ -142,7 +142,10 @@ def epoch_order(samples, seed, epoch):
 
 
 def epoch_distortions(samples, seed, epoch):
-    """Return float32 [samples, 2, 3] for F.affine_grid: up to 10°, 10 % of the size, 2 pixels each way."""
+    """Return float32 [samples, 2, 3] for F.affine_grid: up to 10°, 10 % of the size, 2 pixels each way.
+
+    They say where each new pixel comes from, so a scale above 1 makes a digit smaller.
+    """
     generator = torch.Generator().manual_seed(random_seed("distortions", seed, epoch))
     amounts = 2 * torch.rand(4, samples, generator=generator) - 1  # from -1 to 1
     angle, scale = math.radians(10) * amounts[0], 1 + 0.1 * amounts[1]
@@ -347,7 +350,7 @@ def claimed(folder):
 
 
 def read_checkpoint(path):
-    """Return the checkpoint in a file. Raises ValueError if it is damaged, or another program's."""
+    """Return the checkpoint in a file. Raises ValueError if it is another program's, anything if damaged."""
     contents = b"" if path.is_dir() else path.read_bytes()
     # zipfile verifies checksums, torch.load does not. With weights_only, no code in the file runs.
     if damaged := zipfile.ZipFile(io.BytesIO(contents)).testzip():
@@ -665,7 +668,7 @@ def between(kind, low, high, text):
 
 
 def parse_arguments(argv):
-    """Return the values of the flags. A mistake ends the program with one sentence and exit code 2."""
+    """Return the values of the flags. A mistake ends the program with exit code 2: the last line names it."""
     count, seconds = partial(between, int, 1, 10**9), partial(between, int, 1, 86400)
     seed = partial(between, int, -(2**63), 2**63 - 1)
     rate, factor = partial(between, float, 1e-38, 1e38), partial(between, float, 1e-9, 1)

@@ -11,7 +11,7 @@ Run the trainer's image as yourself. ARGUMENTS go to mnist.py: docker/run.sh -d 
 
   -d GPUS    all, none, or numbers such as 0 or 2,3 (default: those that a batch system has given you, or
              else all, or none where nvidia-smi finds none)
-  -j         open the tutorial in JupyterLab instead, in this very folder; ARGUMENTS are another command
+  -j         open the tutorial in JupyterLab instead, in its own folder; ARGUMENTS are another command
   -x         show windows on your X11 display; with -j, matplotlib's for example
   -o DIR     takes results, and in DIR/home what programs keep in a home folder (default: output)
   -m DIR     holds other data than the image's own; it is mounted as /app/datasets
