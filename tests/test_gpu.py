@@ -14,8 +14,7 @@ PROGRAM = "benchmarks/gpu.py"
 ON_A_CPU = ("--device", "cpu", "--images", 1000)
 # bf16 is float32 with a flag, kills is sigterm with another signal, and test_benchmarks.py runs the peers.
 # What devices and processes add to sigterm and to test_trainer.py needs a GPU.
-NEEDS = {"float32": "all images", "nccl": "two GPUs"}
-NEEDS |= dict.fromkeys(("model", "waits", "speed"), "a GPU")
+NEEDS = {"float32": "all images", "nccl": "two GPUs"} | dict.fromkeys(("model", "waits", "speed"), "a GPU")
 STATES = {"sigterm": "held", "model": "failed", "nccl": "not tried"}
 
 
@@ -44,8 +43,7 @@ def test_what_holds_what_fails_and_what_was_not_tried_is_said(tmp_path):
         trainer.replace(saved, "averaged_model.cpu().__class__().state_dict()")
     )
     need("timeout", "coreutils")
-    program = (PROGRAM, *ON_A_CPU, "--only", *STATES)
-    code, output = run(tmp_path, *program, TMPDIR=tmp_path, OMP_NUM_THREADS=1)
+    code, output = run(tmp_path, PROGRAM, *ON_A_CPU, "--only", *STATES, TMPDIR=tmp_path, OMP_NUM_THREADS=1)
     assert code == 1, output
     checks = {row["check"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["checks"]}
     assert all(f"| {' | '.join(map(str, row.values()))} |\n" in output for row in checks.values())

@@ -127,6 +127,13 @@ def test_each_step_is_the_one_that_the_hyperparameters_ask_for(digits, rank, wor
     assert next(expected, None) is None, "steps are missing"
 
 
+def test_no_two_choices_are_made_with_the_same_random_numbers(digits, monkeypatch):
+    drawn, seed = [], mnist.random_seed
+    monkeypatch.setattr(mnist, "random_seed", lambda *purpose: drawn.append(purpose) or seed(*purpose))
+    list(new_trainer().train(*digits))
+    assert len(set(drawn)) == len(drawn) > 3
+
+
 def test_shares_are_disjoint_and_cover_the_set():
     """In an epoch whose last batch cannot be shared evenly."""
     shares = []

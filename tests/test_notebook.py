@@ -645,8 +645,7 @@ def test_one_epoch_on_all_digits_headless_reads_at_least_98_percent(tmp_path):
 
     command = "papermill notebooks/mnist.ipynb out.ipynb -p epochs 1 --log-output --no-progress-bar"
     memory = []
-    # With one thread: other tests take the second processor.
-    with start(project, "-m", *command.split(), OMP_NUM_THREADS=1) as process:
+    with start(project, "-m", *command.split(), OMP_NUM_THREADS=1) as process:  # other tests have the rest
         threading.Thread(target=watch_memory, args=(process, memory), daemon=True).start()
         output, _ = process.communicate()
     assert process.returncode == 0, output
