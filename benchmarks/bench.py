@@ -30,7 +30,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.reporting import processor, replace_between
+from benchmarks.reporting import processor, replace_between, unpack
 
 # Nothing large is imported up here: a child's peak memory is never less than that of this process.
 
@@ -171,11 +171,9 @@ def schedule(contenders, rounds, epochs, cap):
 
 def prepare():
     """Unpack the digits for the peers. Returns the name of the GPU that PyTorch finds, or an empty string."""
+    unpack(ROOT / "datasets")
     # In a process of its own, because torch is large.
-    code = (
-        "import torch; from torchvision.datasets import MNIST; MNIST('datasets', download=True); "
-        "print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    )
+    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
     return subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).splitlines()[-1]
 
 

@@ -1,5 +1,7 @@
 """What the benchmarks share: timing steps, naming the processor, and writing results into a page."""
 
+import gzip
+import os
 import platform
 import time
 from pathlib import Path
@@ -12,6 +14,15 @@ def time_epoch(trainer, images, labels):
     for _ in trainer.train(images, labels):
         pass
     return time.perf_counter() - begin
+
+
+def unpack(datasets):
+    """Unpack MNIST's files there for the peers. Who reads them meanwhile finds a whole file, or none."""
+    for packed in Path(datasets, "MNIST", "raw").glob("*-ubyte.gz"):
+        if not (file := packed.with_suffix("")).exists():
+            temporary = packed.with_name(f"{os.getpid()}-ubyte")
+            temporary.write_bytes(gzip.decompress(packed.read_bytes()))
+            temporary.replace(file)
 
 
 def replace_between(text, mark, new):

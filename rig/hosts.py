@@ -68,8 +68,6 @@ class Host:
             path.unlink()
         with suppress(FileNotFoundError):
             self.etc.rmdir()
-        with suppress(OSError):
-            self.etc.parent.rmdir()  # unless another test has hosts
 
     def know(self, hosts):
         """Let this host find these hosts by name, and no others."""

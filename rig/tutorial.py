@@ -31,8 +31,9 @@ TO_THE_TRAINING = [*WITHOUT_TRAINING, *PARTS, "remove-old-results", "run-the-tra
 WITHOUT_TRAINING += ORDER[ORDER.index("define-step") :]
 ON_A_SLICE = [name for name in ORDER if name in {*TO_THE_TRAINING, *WITHOUT_TRAINING}]
 
-# They start the trainer as programs, and show nothing that needs a browser or an image.
+# Some start the trainer as programs, and show nothing that needs a browser or an image: these are the others.
 STARTERS = ORDER[ORDER.index("kill-and-resume") : ORDER.index("show-the-dockerfile")]
+SHORT = [cell for cell in CODE if cell.id not in STARTERS]
 
 SMALLER = {"epochs: int = 5": "epochs: int = 2", "[:8000]": "[:1280]"}
 END = "All cells have been run."
@@ -79,12 +80,12 @@ def submit_in(folder, names=WITHOUT_TRAINING, change=("", ""), parameters=(), **
     return run_cells(project, names, **how, DOCKER_HOST="unix:///nowhere", **environment)
 
 
-def make_small_tutorial(folder, train=5350, test=1000, without=()):
-    """Make `folder` a project with the notebook, without some of its cells.
+def make_small_tutorial(folder, train=5350, test=1000):
+    """Make `folder` a project with nearly all of the notebook: its code cells are those of SHORT.
 
     So few digits have the mean and the deviation of all.
     """
-    save(make_small_project(folder, train, test), [name for name in CELLS if name not in without])
+    save(make_small_project(folder, train, test), [name for name in CELLS if name not in STARTERS])
     return folder
 
 

@@ -162,6 +162,7 @@ def test_an_error_in_a_job_is_a_sentence(refuse_variables, monkeypatch, tmp_path
         raise error
 
     monkeypatch.setattr(mnist.Job, "rendezvous", fail)
+    monkeypatch.setattr(mnist, "settle_in", lambda: None)  # who has torchrun ends with its parent
     assert refuse_variables(JOB, "--output-dir", str(tmp_path)).startswith(f"mnist.py: {sentence}")
 
 

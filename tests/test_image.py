@@ -18,8 +18,10 @@ from rig.engine import BUILD, SHARING, give, persons_project
 from rig.guide import CHAPTERS, GUIDE, run_chapter
 from rig.processes import Process, free_port, need
 from rig.project import ROOT, make_small_project
-from rig.tutorial import STARTERS, make_small_tutorial
+from rig.tutorial import make_small_tutorial
 from rig.users import ENGINES, run_where_numbers_differ
+
+pytestmark = pytest.mark.timeout(2400)
 
 SECRETS = {"datasets/kaggle.json", "datasets/.cache/token", "datasets/MNIST/raw/other.gz"}
 IMAGES = ["mnist", "mnist-notebook"]
@@ -56,7 +58,7 @@ exec {program} "$command" "$@"
 def chapter_log(engine, project, tmp_path_factory):
     """A function that runs a chapter's commands as a person would, and returns all that they print."""
     least = make_small_project(tmp_path_factory.mktemp("least") / "project", 200, 100)
-    tutorial = make_small_tutorial(tmp_path_factory.mktemp("tutorial") / "project", 3123, without=STARTERS)
+    tutorial = make_small_tutorial(tmp_path_factory.mktemp("tutorial") / "project", 3123)
     mounts = [f"--volume={tutorial}/{name}:/app/{name}:ro" for name in ("datasets", "notebooks/mnist.ipynb")]
     words = {"build": BUILD, "least": [*SHARING, f"--volume={least}/datasets:/app/datasets:ro"]}
     words |= {"little_tutorial": [*SHARING, *mounts], "program": [shutil.which(engine.program)]}
@@ -65,7 +67,8 @@ def chapter_log(engine, project, tmp_path_factory):
 
     def run(chapter):
         environment = engine.environment | {"HOME": str(project)}
-        log = run_chapter(chapter, project, programs, environment, **engine.person)
+        change = ("127.0.0.1:8888:", f"127.0.0.1:{free_port()}:")  # whoever reads this may use Jupyter
+        log = run_chapter(chapter, project, programs, environment, change, **engine.person)
         assert {path.stat().st_uid for path in (project / "output").rglob("*")} <= {project.stat().st_uid}
         return log
 

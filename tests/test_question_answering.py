@@ -572,6 +572,7 @@ def test_a_pretrained_model_learns_to_answer_about_texts_it_has_never_seen(real)
     assert after["exact_match"] > before["exact_match"] + 20
 
 
+@pytest.mark.timeout(1800)
 def test_the_pages_own_question_is_answered_with_words_of_its_text(main, real):
     page = (FOLDER / "README.md").read_text().replace("\\\n", " ")
     (command,) = re.findall(r"^\S+/python train.py +(--ask .*)$", page, re.MULTILINE)

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import mnist
-from benchmarks.reporting import time_epoch
+from benchmarks.reporting import time_epoch, unpack
 from rig.project import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
@@ -22,7 +22,7 @@ import shared_torch
 
 @pytest.fixture(scope="module")
 def digits():
-    shared_torch.datasets.MNIST(ROOT / "datasets", download=True)  # unpacks it, for the peers
+    unpack(ROOT / "datasets")
     training_set, _ = mnist.load_mnist(ROOT / "datasets")
     return training_set
 
