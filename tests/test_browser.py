@@ -349,9 +349,9 @@ def wait_until_it_says(page, name, words):
     page.wait_for_function(said, arg=[ORDER.index(name), words], polling=POLLING)
 
 
-def test_a_training_that_is_interrupted_goes_on_and_ends_also_without_its_page(notebook, lab, project):
+def test_an_interrupted_training_goes_on_and_ends_also_without_its_page(notebook, lab, browser, project):
     """It trains once more: slowly, until the file `slow` is removed."""
-    page, step = notebook.page.context.new_page(), "self.optimizer.zero_grad()"
+    page, step = browser.new_page(), "self.optimizer.zero_grad()"
     slower = f"{step}; time.sleep(0.2 * Path('slow').exists())"
     (project / "mnist.py").write_text((ROOT / "mnist.py").read_text().replace(step, slower))
     (project / "slow").touch()
