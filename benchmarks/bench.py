@@ -172,8 +172,11 @@ def schedule(contenders, rounds, epochs, cap):
 def prepare():
     """Unpack the digits for the peers. Returns the name of the GPU that PyTorch finds, or an empty string."""
     unpack(ROOT / "datasets")
-    # In a process of its own, because torch is large.
-    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    # In a process of its own, because torch is large. It downloads what was not there to be unpacked.
+    code = (
+        "import torch; from torchvision.datasets import MNIST; MNIST('datasets', download=True); "
+        "print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    )
     return subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).splitlines()[-1]
 
 

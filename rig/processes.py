@@ -88,7 +88,7 @@ def start(folder, *command, **changes):
     )
 
 
-def run(folder, *command, timeout=600, **changes):
+def run(folder, *command, timeout=120, **changes):
     """Run `python command…` in `folder`. Returns (exit code, all that it printed)."""
     process = start(folder, *command, **changes)
     try:
@@ -177,7 +177,7 @@ class Fork(Watched):
         self.process.kill()
 
 
-def fork(folder, *command, timeout=600, **changes):
+def fork(folder, *command, timeout=120, **changes):
     """Do what `run` does, sooner, with a Python file that needs no start of its own."""
     with tempfile.NamedTemporaryFile() as log:
         process = Fork(command, log.name, folder, clean_environment(**changes))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from rig.processes import Fork, Process, clean_environment, free_port
+from rig.project import ROOT
 
 TRAIN, TEST, BATCH, INTERVAL, EPOCHS = 1000, 500, 30, 5, 2
 TIMEOUT = 10
@@ -69,6 +70,13 @@ def trainer_of(project):
     sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
+
+
+def slowed(pause):
+    """Return the trainer's text, with a pause before each step; `pause` is an expression, in seconds."""
+    text, step = (ROOT / "mnist.py").read_text(), "self.optimizer.zero_grad()"
+    assert text.count(step) == 1
+    return text.replace(step, f"time.sleep({pause}); {step}")
 
 
 # --- A training that can be interrupted ---------------------------------------------------------

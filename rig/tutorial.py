@@ -31,7 +31,7 @@ TO_THE_TRAINING = [*WITHOUT_TRAINING, *PARTS, "remove-old-results", "run-the-tra
 WITHOUT_TRAINING += ORDER[ORDER.index("define-step") :]
 ON_A_SLICE = [name for name in ORDER if name in {*TO_THE_TRAINING, *WITHOUT_TRAINING}]
 
-# Some start the trainer as programs, and show nothing that needs a browser or an image: these are the others.
+# These start the trainer as programs, and show nothing that needs a browser or an image. SHORT has no such.
 STARTERS = ORDER[ORDER.index("kill-and-resume") : ORDER.index("show-the-dockerfile")]
 SHORT = [cell for cell in CODE if cell.id not in STARTERS]
 

@@ -22,7 +22,7 @@ def test_contenders_run_and_leave_all_figures(tmp_path):
     names = ["ours", "pytorch_example_bf16", "older_tutorial"]
     flags = ("--images", 256, "--epochs", 1, "--rounds", 1, "--cap", 0, "--threads", 1)
     few = ("--results", tmp_path / "results.json", "--only", *names)
-    code, output = run(ROOT, "benchmarks/bench.py", *flags, *few)
+    code, output = run(ROOT, "benchmarks/bench.py", *flags, *few, timeout=600)
     assert code == 0, output
     results = json.loads((tmp_path / "results.json").read_text())
     assert [seen["contender"] for seen in results["runs"]] == names

@@ -17,6 +17,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from rig.processes import Process, clean_environment, free_port, need
 from rig.project import ROOT
+from rig.training import slowed
 from rig.tutorial import ORDER, PADS, PICTURES, SHORT, assert_is_a_picture, make_small_tutorial, pixels
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(1800)]
@@ -351,9 +352,8 @@ def wait_until_it_says(page, name, words):
 
 def test_an_interrupted_training_goes_on_and_ends_also_without_its_page(notebook, lab, browser, project):
     """It trains once more: slowly, until the file `slow` is removed."""
-    page, step = browser.new_page(), "self.optimizer.zero_grad()"
-    slower = f"{step}; time.sleep(0.2 * Path('slow').exists())"
-    (project / "mnist.py").write_text((ROOT / "mnist.py").read_text().replace(step, slower))
+    page = browser.new_page()
+    (project / "mnist.py").write_text(slowed("0.2 * Path('slow').exists()"))
     (project / "slow").touch()
     open_notebook(page, lab)
     run_cell(page, "remove-old-results")

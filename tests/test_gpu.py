@@ -37,13 +37,12 @@ def test_what_holds_what_fails_and_what_was_not_tried_is_said(tmp_path):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     (tmp_path / "datasets").symlink_to(ROOT / "datasets")
-    trainer, saved = (ROOT / "mnist.py").read_text(), "averaged_model.cpu().state_dict()"
+    trainer, saved = (ROOT / "mnist.py").read_text(), "trainer.averaged_model.cpu()"
     assert trainer.count(saved) == 1
-    (tmp_path / "mnist.py").write_text(
-        trainer.replace(saved, "averaged_model.cpu().__class__().state_dict()")
-    )
+    (tmp_path / "mnist.py").write_text(trainer.replace(saved, "Net()"))
     need("timeout", "coreutils")
-    code, output = run(tmp_path, PROGRAM, *ON_A_CPU, "--only", *STATES, TMPDIR=tmp_path, OMP_NUM_THREADS=1)
+    how = {"timeout": 600, "TMPDIR": tmp_path, "OMP_NUM_THREADS": 1}
+    code, output = run(tmp_path, PROGRAM, *ON_A_CPU, "--only", *STATES, **how)
     assert code == 1, output
     checks = {row["check"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["checks"]}
     assert all(f"| {' | '.join(map(str, row.values()))} |\n" in output for row in checks.values())

@@ -11,7 +11,7 @@ import pytest
 
 from rig.faults import ELASTIC, lose_worker
 from rig.hosts import PyTorchJob, end
-from rig.training import TEST, TIMEOUT
+from rig.training import TEST, TIMEOUT, slowed
 
 pytestmark = pytest.mark.usefixtures("hosts")
 
@@ -63,9 +63,8 @@ def test_a_master_and_a_worker_that_come_late_are_waited_for_beyond_the_time_lim
 
 
 def test_an_elastic_job_survives_a_lost_process_and_a_lost_host_and_grows_again(project, tmp_path):
-    step, source = "self.optimizer.zero_grad()", (project.folder / "mnist.py").read_text()
-    assert source.count(step) == 1  # it trains for a minute: slowly, so that others have the processors
-    (project.folder / "slow.py").write_text(source.replace(step, f"{step}; time.sleep(0.1)"))
+    # It trains for a minute: slowly, so that others have the processors.
+    (project.folder / "slow.py").write_text(slowed(0.1))
     options = ("slow.py", "--epochs", 9999, "--timeout", TIMEOUT, "--log-interval", 1, "--resume")
     options += ("--checkpoint-interval", 2, "--output-dir", tmp_path)
     with PyTorchJob(project.folder, 3, (1, 3, 9), processes_per_node="1") as job:

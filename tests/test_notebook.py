@@ -630,7 +630,7 @@ def watch_memory(process, seen):
                 with suppress(psutil.NoSuchProcess):
                     total += getattr(member.memory_full_info(), "pss", 0)  # which only Linux knows
             seen.append(total)
-            time.sleep(3)  # a look costs a tenth of a second
+            time.sleep(1)
 
 
 @pytest.mark.timeout(2400)

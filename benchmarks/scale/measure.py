@@ -15,6 +15,7 @@ WORKER = ["-m", "benchmarks.scale.worker"]
 # On this machine, without hosts: how many processes, with how many threads each.
 ONE = "1 process, 1 thread"
 HERE = {ONE: (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}
+HERE_LONGER = 5  # times as many steps as on hosts
 # The model is fitted to some links, and tried on others that have more hosts.
 FITTED = [Link(2, 10), Link(2, 1), Link(2, 0.1), Link(3, 10), Link(3, 1)]
 HELD_OUT = [Link(4, 1), Link(4, 0.1)]
@@ -22,7 +23,7 @@ HELD_OUT = [Link(4, 1), Link(4, 0.1)]
 
 def measure(steps, folder):
     """Return the seconds that were seen of every configuration, by its name."""
-    seen = {name: measure_here(*how, folder, 5 * steps) for name, how in HERE.items()}
+    seen = {name: measure_here(*how, folder, HERE_LONGER * steps) for name, how in HERE.items()}
     for link in FITTED + HELD_OUT:
         print(f"{time.strftime('%X')} {link}", flush=True)
         seen[str(link)] = measure_hosts(link, folder, steps, seen[ONE]["step"])

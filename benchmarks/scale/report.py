@@ -5,7 +5,7 @@ from statistics import median
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.scale.measure import FITTED, HELD_OUT, HERE, ONE
+from benchmarks.scale.measure import FITTED, HELD_OUT, HERE, HERE_LONGER, ONE
 from benchmarks.scale.model import ALL_REDUCES, Link, fit
 
 BATCH = 64
@@ -33,7 +33,8 @@ def report(results, seen, model):
     """Return the tables, in Markdown."""
     text = "Medians of {} round(s) of {steps} steps (on this machine alone, {}) on torch {torch}, {cpu}, "
     text += "TCP with {tcp}."
-    about = text.format(len(results["rounds"]), 5 * results["about"]["steps"], **results["about"])
+    here = HERE_LONGER * results["about"]["steps"]
+    about = text.format(len(results["rounds"]), here, **results["about"])
     tables = here_table(seen), links_table(seen, model), prediction_table(seen, model)
     return "\n\n".join([about, *tables])
 
