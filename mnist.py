@@ -142,13 +142,10 @@ def epoch_order(samples, seed, epoch):
 
 
 def epoch_distortions(samples, seed, epoch):
-    """Return float32 [samples, 2, 3] for F.affine_grid: up to 10°, 10 % of the size, 2 pixels each way.
-
-    They say where each new pixel comes from, so a scale above 1 makes a digit smaller.
-    """
+    """Return float32 [samples, 2, 3] for F.affine_grid: up to 10°, 10 % of the size, 2 pixels each way."""
     generator = torch.Generator().manual_seed(random_seed("distortions", seed, epoch))
     amounts = 2 * torch.rand(4, samples, generator=generator) - 1  # from -1 to 1
-    angle, scale = math.radians(10) * amounts[0], 1 + 0.1 * amounts[1]
+    angle, scale = math.radians(10) * amounts[0], 1 + 0.1 * amounts[1]  # above 1, digits get smaller
     right, down = amounts[2:] * 2 / 14  # 2 of 28 pixels, on a scale from -1 to 1
     sine, cosine = scale * angle.sin(), scale * angle.cos()
     return torch.stack([cosine, -sine, right, sine, cosine, down], dim=1).view(samples, 2, 3)
