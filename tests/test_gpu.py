@@ -7,6 +7,8 @@ import shutil
 import pytest
 import torch
 
+import mnist
+from benchmarks.gpu import Checks
 from rig.processes import fork, need, run
 from rig.project import ROOT
 
@@ -29,6 +31,17 @@ def test_no_gpu_is_said_in_a_sentence():
 def test_a_cpu_tries_what_it_can_and_leaves_the_rest_to_a_gpu(small, check):
     code, output = fork(small, ROOT / PROGRAM, *ON_A_CPU, "--check", check, OMP_NUM_THREADS=1)
     assert code == 1 and output.splitlines()[-1].startswith(f"not tried: needs {NEEDS[check]}"), output
+
+
+def test_one_other_bit_in_a_checkpoint_is_no_longer_the_same(tmp_path, monkeypatch):
+    """The trainings are left out: their checkpoints are there already."""
+    for folder, weight in {"SIGTERM": 1.0, "undisturbed": 1 + 2**-23}.items():
+        (tmp_path / folder).mkdir()
+        torch.save(dict.fromkeys(mnist.STATES, torch.tensor([weight])), tmp_path / folder / "checkpoint.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Checks, "_train", lambda *_, **__: [])
+    with pytest.raises(AssertionError, match="Tensor-likes are not equal"):
+        Checks(images=1000).sigterm()
 
 
 def test_what_holds_what_fails_and_what_was_not_tried_is_said(tmp_path):
