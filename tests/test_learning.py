@@ -104,6 +104,7 @@ def by_hand(h, images, labels, rank=0, world_size=1):
         (0, 1, {"lr": 0.02, "gamma": 0.3, "momentum": 0.5, "label_smoothing": 0.0, "seed": -3}),
         (0, 1, {"batch_size": 7, "momentum": 0.0, "augment": False}),
         (0, 3, {"batch_size": 8}),
+        (1, 3, {"batch_size": 8}),
         (2, 3, {"batch_size": 8}),  # its share of the last batch is empty
     ],
 )
