@@ -33,7 +33,7 @@ def learn(seed, args, validate):
     if validate:
         test_set = [tensor[-HELD_OUT:] for tensor in training_set]
         training_set = [tensor[:-HELD_OUT] for tensor in training_set]
-    args.bf16 = mnist.choose_bf16(torch.device("cpu"), args.bf16, checkpoint=None)
+    args.bf16 = mnist.choose_bf16(torch.device("cpu"), args.bf16)
     chosen = {field.name: getattr(args, field.name) for field in fields(mnist.Hyperparameters)}
     trainer = mnist.Trainer(mnist.Hyperparameters(**chosen | {"seed": seed}))
     accuracies = []

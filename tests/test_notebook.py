@@ -468,16 +468,6 @@ def test_the_answers_to_the_exercises_work_one_after_the_other(small):
     assert code == 0, output
 
 
-@pytest.mark.parametrize("able", ["amx_bf16", "avx512_bf16", "arm_bf16", "amx_fp16"])
-def test_the_epoch_in_the_notebook_multiplies_as_the_program_will(able, monkeypatch):
-    """Its rule for bfloat16 stands in the notebook before the part that has it."""
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "amx_int8": False, able: True})
-    (rule,) = re.findall(r"^abilities = .*\nbf16 = .*$", CELLS["make-a-trainer"].source, re.MULTILINE)
-    found = {"accelerated": False, "torch": torch}
-    exec(rule, found)
-    assert found["bf16"] == mnist.choose_bf16(torch.device("cpu"), None, None) == able.endswith("bf16")
-
-
 def test_what_each_addition_is_worth_is_what_the_page_on_hyper_parameters_says():
     page = (ROOT / "docs" / "hyperparameters.md").read_text()
     rows = re.compile(r"^\| (.+?) \| (.\d.+?) \| (.\d.+?) \|$", re.MULTILINE)

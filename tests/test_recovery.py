@@ -301,14 +301,15 @@ def test_a_second_user_of_the_group_goes_on_where_the_first_one_stopped(monkeypa
 
 
 def test_a_resumed_run_keeps_its_precision(trainer, tmp_path, monkeypatch, capfd):
-    """Also on a machine that does not multiply bfloat16 natively."""
+    """Also on a machine that is slower in bfloat16; unless a flag says otherwise."""
     options = [str(word) for word in (*OPTIONS, "--batch-size", 500, "--output-dir", tmp_path, "--resume")]
     trainer.main([*options, "--epochs", "1", "--bf16"])
     monkeypatch.setattr("torch.cpu.get_capabilities", dict, raising=False)
     trainer.main(options)
-    started = [line for line in capfd.readouterr().out.splitlines() if line.startswith("Started ")]
-    assert len(started) == 2 and all(line.endswith(", bfloat16") for line in started)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["hyperparameters"]["bf16"]
+    trainer.main([*options, "--no-bf16"])
+    started = re.findall("^Started .*, (.+)$", capfd.readouterr().out, re.MULTILINE)
+    assert started == ["bfloat16", "bfloat16", "float32"]
 
 
 # --- Numbers that go wrong ----------------------------------------------------------------------

@@ -82,7 +82,7 @@ PARTS = re.split(r"(?m)^(?=# --- (?!The model))", SOURCE)
 def test_the_file_has_eight_parts_and_neither_they_nor_their_functions_are_long():
     lengths = [part.count("\n") for part in PARTS]
     assert len(PARTS) == 8 and sum(lengths) <= 840 and max(lengths) <= 146
-    assert "".join(PARTS[:3]).rstrip().count("\n") < 280, "the heart, after which a reader may stop"
+    assert "".join(PARTS[:3]).rstrip().count("\n") <= 290, "the heart, after which a reader may stop"
     functions = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.FunctionDef)]
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
     del lengths["parse_arguments"]  # a flag a line
@@ -220,31 +220,33 @@ def test_bfloat16_learns_as_well(trained, small):
     assert abs(metrics(small / "output")[-1]["accuracy"] - metrics(output)[-1]["accuracy"]) < 0.03
 
 
-BEFORE = {"hyperparameters": {"bf16": True}}
+INTEL = {"cpu_name": "Intel Xeon", "avx512_bf16": True}
 
 
 @pytest.mark.parametrize(
-    "able, device, asked, checkpoint, expected",
+    "able, device, asked, expected",
     [
-        ({"amx_bf16": False, "avx512_bf16": True}, "cpu", None, None, True),
-        ({"neon": True, "bf16": True}, "cpu", None, None, True),  # ARM
-        ({"avx2": True, "amx_bf16": False, "avx512_bf16": False}, "cpu", None, None, False),
-        ({"avx512_bf16": True}, "cpu", False, BEFORE, False),
-        ({"avx512_bf16": True}, "mps", None, None, False),
-        ({}, "cpu", None, BEFORE, True),
-        ({}, "cpu", True, None, True),
+        ({"cpu_name": "AMD EPYC", "amx_bf16": False, "avx512_bf16": True}, "cpu", None, True),
+        (INTEL | {"amx_bf16": True}, "cpu", None, True),
+        (INTEL | {"amx_bf16": False}, "cpu", None, False),  # slower than float32
+        (INTEL, "cpu", True, True),
+        ({"neon": True, "bf16": True}, "cpu", None, True),  # ARM
+        ({"avx2": True, "amx_bf16": False, "avx512_bf16": False, "amx_fp16": True}, "cpu", None, False),
+        ({"avx512_bf16": True}, "cpu", False, False),
+        ({"avx512_bf16": True}, "mps", None, False),
+        ({}, "cpu", None, False),
     ],
 )
-def test_a_cpu_that_can_takes_bfloat16(monkeypatch, able, device, asked, checkpoint, expected):
+def test_a_cpu_takes_bfloat16_if_it_is_faster(monkeypatch, able, device, asked, expected):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: able, raising=False)
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
-    assert mnist.choose_bf16(torch.device(device), asked, checkpoint) is expected
+    assert mnist.choose_bf16(torch.device(device), asked) is expected
 
 
 def test_a_gpu_without_bfloat16_says_so(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: False)
     with pytest.raises(ValueError, match="--no-bf16"):
-        mnist.choose_bf16(torch.device("cuda"), True, None)
+        mnist.choose_bf16(torch.device("cuda"), True)
 
 
 # --- the log
