@@ -214,7 +214,7 @@ def train(args):
     model, tokenizer = load(args.model)
     encoded = [encode(question, model, tokenizer) for question in training + validation][: len(training)]
     cpu = args.no_cuda or not torch.accelerator.is_available()
-    fast = torch.cpu.get_capabilities().get("avx512_bf16") if cpu else torch.cuda.is_bf16_supported()
+    fast = torch.cpu.get_capabilities().get("avx512_bf16") if cpu else torch.cuda.is_bf16_supported(False)
     how = dict(use_cpu=cpu, dataloader_pin_memory=not cpu, seed=args.seed, learning_rate=args.lr)
     how |= dict(num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size, report_to="none")
     how |= dict(bf16=bool(fast), ddp_backend="gloo" if cpu and "RANK" in os.environ else None)
