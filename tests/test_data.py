@@ -294,5 +294,6 @@ def test_a_signal_in_the_download_leaves_nothing(tmp_path, number):
         assert process.until(lambda: list(tmp_path.glob("data/MNIST/*/MNIST")))
         process.send_signal(number)
         code, printed = process.end()
-    assert code == 1 and printed.splitlines()[-1] == "mnist.py: KeyboardInterrupt"
+    # Python before 3.12 puts more around it, if it comes while a codec is at work.
+    assert code == 1 and re.fullmatch(r"mnist\.py: .*KeyboardInterrupt.*", printed.splitlines()[-1])
     assert not list((tmp_path / "data/MNIST").iterdir())
