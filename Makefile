@@ -65,8 +65,8 @@ faults: .venv/tests
 	$(RUN) rig.faults
 
 # Hundreds of small changes to the trainer's first four parts and to an epoch: which of them do the quick tests notice?
-MUTATED = Net Trainer load_mnist read_idx checksums random_seed epoch_order epoch_distortions distort choose_bf16 \
-    run_epoch train lacks_memory finite save write claimed read_checkpoint load_checkpoint resume
+MUTATED = Net Trainer load_mnist read_idx checksums random_seed epoch_order epoch_distortions distort run_epoch train \
+    lacks_memory finite save write claimed read_checkpoint load_checkpoint resume
 mutants: .venv/tests
 	OMP_NUM_THREADS=1 $(RUN) mutmut run $(MUTATED:%="mnist.x?%?*")
 	$(RUN) mutmut results

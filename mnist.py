@@ -177,18 +177,6 @@ class Hyperparameters:
     seed: int = 1
 
 
-def choose_bf16(device, asked=None):
-    """Return whether to multiply in bfloat16: as asked, or if this CPU gains by it. Raises ValueError."""
-    if asked is None and device.type == "cpu" and torch.backends.mkldnn.is_available():
-        known = getattr(torch.cpu, "get_capabilities", dict)()  # missing in old versions of PyTorch
-        # AVX-512's bfloat16 halves the time of a step on AMD's processors. On Intel's, a step then takes
-        # 1.4 times as long, and it is AMX that halves it.
-        asked = known.get("amx_bf16" if "Intel" in known.get("cpu_name", "") else "avx512_bf16")
-    if asked and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError("this GPU does not multiply in bfloat16: use --no-bf16")
-    return bool(asked)
-
-
 class Alone:
     """A process that trains by itself, the first and only one. Job, further down, is for several."""
 
@@ -536,6 +524,17 @@ def choose_device(local_rank, accelerate=True):
     return device
 
 
+def choose_bf16(device, asked):
+    """Return whether to multiply in bfloat16: as asked, or if this CPU gains by it. Raises ValueError."""
+    if asked is None and device.type == "cpu" and torch.backends.mkldnn.is_available():
+        abilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in old versions of PyTorch
+        # Intel's processors gain only with AMX: in AVX-512's bfloat16, a step takes 1.4 times as long.
+        asked = abilities.get("amx_bf16" if "Intel" in abilities.get("cpu_name", "") else "avx512_bf16")
+    if asked and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError("this GPU does not multiply in bfloat16: use --no-bf16")
+    return bool(asked)
+
+
 def count_processors():
     """Return how many processors this process may use: those it is bound to, or fewer by a quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -667,8 +666,9 @@ def between(kind, low, high, text):
 def parse_arguments(argv):
     """Return the values of the flags. A mistake ends the program with exit code 2: the last line names it."""
     count, seconds = partial(between, int, 1, 10**9), partial(between, int, 1, 86400)
+    seed = partial(between, int, -(2**63), 2**63 - 1)
     rate, factor = partial(between, float, 1e-38, 1e38), partial(between, float, 1e-9, 1)
-    seed, fraction = partial(between, int, -(2**63), 2**63 - 1), partial(between, float, 0, 0.9999)
+    fraction = partial(between, float, 0, 0.9999)
     parser = argparse.ArgumentParser("mnist.py", description="Train a network on MNIST.", allow_abbrev=False)
     add, shown, unless = parser.add_argument, "(default: %(default)s)", "(default: if a CPU gains by it)"
     add("--epochs", metavar="N", type=count, default=5, help=f"passes over the training set {shown}")
@@ -775,7 +775,7 @@ def run(args, job):
             if job.world_size > 1:
                 logging.info(f"Using distributed PyTorch with {backend} backend")
                 dist.broadcast_object_list(shared)
-            checkpoint, args.bf16 = shared[0], choose_bf16(device, shared[1])
+            checkpoint, args.bf16 = shared[0], choose_bf16(device, shared[1])  # can this one, too?
             train(args, job, device, folder, checkpoint)
 
 

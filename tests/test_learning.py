@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from contextlib import nullcontext
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,6 +133,17 @@ def test_no_two_choices_are_made_with_the_same_random_numbers(digits, monkeypatc
     monkeypatch.setattr(mnist, "random_seed", lambda *purpose: drawn.append(purpose) or seed(*purpose))
     list(new_trainer().train(*digits))
     assert len(set(drawn)) == len(drawn) > 3
+
+
+def test_shares_are_disjoint_and_cover_the_set():
+    """In an epoch whose last batch cannot be shared evenly."""
+    shares = []
+    for rank in range(3):
+        trainer = new_trainer(rank, 3, batch_size=99, augment=False)
+        trainer.step = lambda digits, labels, scale: shares.append(labels.tolist()) or torch.zeros(())
+        list(trainer.train(torch.zeros(1000, 28, 28, dtype=torch.uint8), torch.arange(1000)))
+    assert sorted(chain(*shares)) == list(range(1000))
+    assert [len(share) for share in shares] == [99, 99, 99, 37, 99, 99, 99, 36, 99, 99, 99, 36]
 
 
 @pytest.mark.parametrize("batch_size, world_size", [(7, 1), (1000, 1), (4, 2), (4, 3), (4, 7)])

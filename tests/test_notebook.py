@@ -468,6 +468,19 @@ def test_the_answers_to_the_exercises_work_one_after_the_other(small):
     assert code == 0, output
 
 
+@pytest.mark.parametrize("name", ["Intel Xeon", "AMD EPYC"])
+@pytest.mark.parametrize("able", ["amx_bf16", "avx512_bf16", "arm_bf16", "amx_fp16"])
+def test_the_epoch_in_the_notebook_multiplies_as_the_program_will(able, name, monkeypatch):
+    """Its rule for bfloat16 stands in the notebook before the part that has it."""
+    abilities = {"cpu_name": name, "amx_int8": False, able: True}
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: abilities)
+    (rule,) = re.findall(r"^abilities = .*\n.*\nbf16 = .*$", CELLS["make-a-trainer"].source, re.MULTILINE)
+    found = {"accelerated": False, "torch": torch}
+    exec(rule, found)
+    gains = able == {"Intel Xeon": "amx_bf16", "AMD EPYC": "avx512_bf16"}[name]
+    assert found["bf16"] == mnist.choose_bf16(torch.device("cpu"), None) == gains
+
+
 def test_what_each_addition_is_worth_is_what_the_page_on_hyper_parameters_says():
     page = (ROOT / "docs" / "hyperparameters.md").read_text()
     rows = re.compile(r"^\| (.+?) \| (.\d.+?) \| (.\d.+?) \|$", re.MULTILINE)

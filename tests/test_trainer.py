@@ -82,7 +82,7 @@ PARTS = re.split(r"(?m)^(?=# --- (?!The model))", SOURCE)
 def test_the_file_has_eight_parts_and_neither_they_nor_their_functions_are_long():
     lengths = [part.count("\n") for part in PARTS]
     assert len(PARTS) == 8 and sum(lengths) <= 840 and max(lengths) <= 146
-    assert "".join(PARTS[:3]).rstrip().count("\n") <= 290, "the heart, after which a reader may stop"
+    assert "".join(PARTS[:3]).rstrip().count("\n") < 280, "the heart, after which a reader may stop"
     functions = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.FunctionDef)]
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
     del lengths["parse_arguments"]  # a flag a line
