@@ -284,7 +284,7 @@ IN_LITTLE_MEMORY = """
 import re, resource, sys
 import mnist
 used = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20, resource.RLIM_INFINITY))
 mnist.main(["--batch-size", "1000", "--epochs", "1", "--no-cuda"])
 """
 
